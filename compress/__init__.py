@@ -1,0 +1,1 @@
+"""Fewer experts: similarity, grouping, alignment, merging, and the plan that applies them."""

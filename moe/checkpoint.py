@@ -1,0 +1,212 @@
+"""The two checkpoint forms: stock, and moekit through transformers' quantizer registry.
+
+*stock* is the family's own class with fewer experts. *moekit* is exact: E router rows over M experts, another
+M in each layer. Its `config.json` says so in ``quantization_config``, and once this module is imported a plain
+``AutoModelForCausalLM.from_pretrained`` rebuilds the layers before it loads the weights.
+"""
+
+# E logical experts, M physical experts
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .discovery import expert_layers
+from .layer import ExpertLayer
+from .router import EXPERT_COUNT_KEYS, set_config_count
+
+METHOD = "moekit"
+VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class MoekitConfig(QuantizationConfigMixin):
+    """How many experts each layer holds and how its router reaches them.
+
+    Args:
+        layers: By layer name: ``num_experts`` (M, physical), ``num_router_rows`` (E), and ``router``, one of
+            ``full``, ``redirect``, ``logsumexp``; for the last also ``renormalises`` and ``scale``.
+        version: Of this format.
+
+    Raises:
+        ValueError: The version is newer than this moekit, or an entry cannot be.
+    """
+
+    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, version: int = VERSION, **_: Any) -> None:
+        if version != VERSION:
+            raise ValueError(f"this checkpoint is of moekit format {version}; this moekit reads {VERSION}: update it")
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        self.version = version
+        self.layers = layers or {}
+        for name, entry in self.layers.items():
+            experts, rows = entry.get("num_experts"), entry.get("num_router_rows")
+            if not (isinstance(experts, int) and isinstance(rows, int) and 1 <= experts <= rows):
+                raise ValueError(
+                    f"layer {name!r}: {experts} experts behind {rows} router rows; there must be 1 to {rows} experts"
+                )
+            if entry.get("router") not in ("full", "redirect", "logsumexp"):
+                raise ValueError(f"layer {name!r}: router={entry.get('router')!r} is not full, redirect or logsumexp")
+
+
+@register_quantizer(METHOD)
+class MoekitQuantizer(HfQuantizer):
+    """Rebuilds the layers of a moekit checkpoint before its weights are loaded. Nothing is quantised."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        entries = dict(self.quantization_config.layers)  # pyright: ignore[reportAttributeAccessIssue]
+        layers = {layer.name: layer for layer in expert_layers(model)}
+        for name, entry in entries.items():
+            layer = _find(layers, name, model)
+            rebuild_layer(layer, entry)
+            # Switch's initialisation would visit as many experts as the config counts.
+            layer.block._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes it as it is."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """All weights are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer asks this of every model that a quantizer has loaded."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The map is one gather."""
+        return True
+
+
+def _find(layers: dict[str, ExpertLayer], name: str, model: PreTrainedModel) -> ExpertLayer:
+    """The layer of that name, also when a base model is loaded from a head model's checkpoint."""
+    for candidate in (name, f"{model.base_model_prefix}.{name}", name.removeprefix(f"{model.base_model_prefix}.")):
+        if candidate in layers:
+            return layers[candidate]
+    raise ValueError(f"the checkpoint's config names layer {name!r}; {type(model).__name__} has {sorted(layers)}")
+
+
+def rebuild_layer(layer: ExpertLayer, entry: dict[str, Any]) -> None:
+    """Give a freshly built layer the shapes that a config entry says, with contents yet to be loaded."""
+    num_experts, rows = entry["num_experts"], entry["num_router_rows"]
+    if rows > layer.num_experts:
+        raise ValueError(f"layer {layer.name!r} is built with {layer.num_experts} experts; its entry needs {rows} rows")
+    if rows < layer.num_experts:
+        layer.remove_experts(range(rows), check=False)
+    layer.storage.allocate(num_experts)
+    unknown = [min(e, num_experts - 1) for e in range(rows)]
+    if entry["router"] == "redirect":
+        layer.set_expert_map(unknown)
+    elif entry["router"] == "logsumexp":
+        layer.set_expert_groups(unknown, renormalises=entry["renormalises"], scale=entry["scale"])
+
+
+def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Config entries of the layers that differ from what the model's own config builds."""
+    entries = {}
+    for layer in expert_layers(model):
+        mode = layer.router_mode
+        group_of = layer.router._buffers.get("expert_group")
+        rows = layer.num_experts if group_of is None else len(group_of)
+        if mode == "full" and rows == configured_experts(model.config):
+            continue
+        entries[layer.name] = {"num_experts": layer.num_physical_experts, "num_router_rows": rows, "router": mode}
+        if mode == "logsumexp":
+            entries[layer.name] |= {
+                "renormalises": layer.router.group_renormalises,
+                "scale": layer.router.group_scale,
+            }
+    return entries
+
+
+def configured_experts(config: Any) -> int | None:
+    """The number of experts that the model's own config builds in every layer."""
+    for part in (config, *(getattr(config, n, None) for n in ("text_config", "ffn_config", "thinker_config"))):
+        for key in EXPERT_COUNT_KEYS:
+            if type(value := getattr(part, key, None)) is int:
+                return value
+    return None
+
+
+def update_expert_count(model: PreTrainedModel, old: int, new: int) -> None:
+    """Count `new` experts in the config and wherever a head model caches the number for its auxiliary loss."""
+    set_config_count(model.config, old, new)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module, "num_experts", None) == old:
+            module.num_experts = new
+
+
+def mark_form(model: PreTrainedModel) -> str:
+    """Write into the model's config which form it has to be saved in: ``moekit`` or ``stock``."""
+    entries = layer_entries(model)
+    if entries:
+        config = MoekitConfig(layers=entries)
+        model.config.quantization_config = config
+        model.hf_quantizer = MoekitQuantizer(config)  # pyright: ignore[reportAttributeAccessIssue]
+        return "moekit"
+    if isinstance(getattr(model.config, "quantization_config", None), MoekitConfig):
+        del model.config.quantization_config
+        del model.hf_quantizer
+    return "stock"
+
+
+def save_checkpoint(model: PreTrainedModel, folder: str | Path, *, max_shard_size: str = "5GB") -> str:
+    """Save a model whose layers were replaced or cut, in the simplest form that holds it exactly.
+
+    Args:
+        model: The model in memory.
+        folder: Where to; made if it is missing.
+        max_shard_size: As in `save_pretrained`.
+
+    Returns:
+        ``stock`` or ``moekit``.
+    """
+    form = mark_form(model)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    write_config_aliases(Path(folder) / "config.json")
+    return form
+
+
+def write_config_aliases(path: Path) -> None:
+    """Spell expert counts and rotary base in `config.json` as older readers look for them.
+
+    Transformers 5 writes Qwen3-MoE's count as ``num_local_experts`` and the rotary base only inside
+    ``rope_parameters``; version 4 and several engines then silently use their defaults, 128 and 10,000.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    _add_aliases(config)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _add_aliases(config: dict[str, Any]) -> None:
+    count = next((config[key] for key in EXPERT_COUNT_KEYS if type(config.get(key)) is int), None)
+    if count is not None:
+        for key in ("num_experts", "num_local_experts"):
+            config.setdefault(key, count)
+        if "num_experts_per_tok" in config and config.get("model_type", "").startswith(("deepseek", "glm", "dots")):
+            config.setdefault("n_routed_experts", count)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+    for part in config.values():
+        if isinstance(part, dict) and part is not rope and "model_type" in part:
+            _add_aliases(part)
+
+
+@torch.no_grad()
+def max_logit_difference(model: PreTrainedModel, other: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    """Largest absolute difference of two models' logits on the same inputs, relative to the largest logit."""
+    mine, theirs = model(**inputs).logits.float(), other(**inputs).logits.float()
+    return float((mine - theirs).abs().max() / mine.abs().max().clamp_min(1e-12))

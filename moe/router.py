@@ -1,0 +1,270 @@
+"""Routers of any family: what their rule is, and how their per-expert tensors are cut."""
+
+# T tokens, E experts, K active experts
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .layer import ExpertLayer
+
+EXPERT_COUNT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+)
+"""Config keys that count routed experts, in the spellings of all families."""
+
+_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk", "top_k_experts")
+_GROUP_NAMES = ("num_group", "n_group", "num_expert_group")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConstraints:
+    """What a router's rule demands of whoever removes experts."""
+
+    scoring: str
+    """``softmax`` (top-k before softmax is the same rule, renormalised), ``sigmoid``, or ``other``."""
+    renormalises: bool
+    """Whether the weights of the K choices are scaled to a constant sum."""
+    has_correction_bias: bool
+    """Whether a per-expert bias takes part in the choice."""
+    num_groups: int = 1
+    """Groups of equal size among which the router first chooses; 1 when it does not."""
+    topk_groups: int = 1
+    """How many of them a token may use."""
+    scale: float = 1.0
+    """Constant factor of the weights (`routed_scaling_factor`)."""
+
+    @property
+    def group_rule(self) -> dict[str, Any]:
+        """What routing among merged groups needs to know."""
+        return {"renormalises": self.renormalises, "scale": self.scale}
+
+    def check_group_probability(self, layer: str) -> None:
+        """Refuse routers whose choice is not by softmax alone.
+
+        Raises:
+            ValueError: Says which rule the router has.
+        """
+        if self.scoring != "softmax" or self.has_correction_bias or self.num_groups > 1:
+            raise ValueError(
+                f"router='logsumexp' needs a softmax router; layer {layer!r} has scoring={self.scoring!r}, "
+                f"correction bias: {self.has_correction_bias}, groups: {self.num_groups}; "
+                "use router='redirect'"
+            )
+
+    def check(self, keep: Sequence[int], *, num_experts: int, top_k: int, layer: str) -> None:
+        """Refuse a set of experts that the router could not choose from.
+
+        Raises:
+            ValueError: Says what, got, allowed and the fix.
+        """
+        if len(set(keep)) != len(keep) or not all(0 <= e < num_experts for e in keep):
+            raise ValueError(
+                f"keep={list(keep)} must name different experts of 0..{num_experts - 1} (layer {layer!r})"
+            )
+        if not top_k <= len(keep):
+            raise ValueError(
+                f"cannot keep {len(keep)} of {num_experts} experts in layer {layer!r}: the router selects "
+                f"top_k={top_k}; keep at least {top_k}"
+            )
+        if self.num_groups == 1:
+            return
+        size = num_experts // self.num_groups
+        new_size = len(keep) // self.num_groups
+        groups = [e // size for e in keep]
+        if (
+            groups != [g for g in range(self.num_groups) for _ in range(new_size)]
+            or new_size * self.topk_groups < top_k
+        ):
+            raise ValueError(
+                f"layer {layer!r} routes within {self.num_groups} groups of {size} experts and uses "
+                f"{self.topk_groups} of them for a token; keep={list(keep)} must keep equally many of each "
+                f"group, in order, and at least {top_k} in {self.topk_groups} groups; the moekit form has no "
+                "such limit"
+            )
+
+
+def router_top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
+    """Find K: on the router, on the block, else in the config."""
+    for owner in (router, block, config):
+        for name in _TOP_K_NAMES:
+            value = getattr(owner, name, None)
+            if type(value) is int:
+                return value
+    return 1  # Switch's router is written for one choice and has no such setting
+
+
+def _router_tensors(layer: "ExpertLayer", num_experts: int) -> list[tuple[nn.Module, str, Tensor, int]]:
+    """Per-expert parameters and buffers of the router, and those that the block keeps for it.
+
+    The first axis counts experts, possibly followed by choices without routed weights (LongCat's zero
+    experts, Zaya's skip expert, Inkling's shared experts), which stay.
+    """
+    totals = {num_experts}
+    for owner in (layer.router, *layer.router.children()):
+        for name, value in vars(owner).items():
+            if type(value) is int and value > num_experts and ("expert" in name or "class" in name):
+                totals.add(value)
+    candidates = [(m, n, t) for m in layer.router.modules() for n, t in _own_tensors(m)]
+    candidates += [(layer.block, n, t) for n, t in _own_tensors(layer.block) if "bias" in n]
+    for child_name, child in layer.block.named_children():
+        if "statics" in child_name:
+            candidates += [(child, n, t) for n, t in _own_tensors(child)]
+    axes = ((m, n, t, _expert_axis(t, totals)) for m, n, t in candidates)
+    return [(m, n, t, axis) for m, n, t, axis in axes if axis is not None]
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _expert_axis(tensor: Tensor, totals: set[int]) -> int | None:
+    if tensor.ndim and tensor.shape[0] in totals:
+        return 0
+    if tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] in totals:
+        return 1  # Ernie keeps its correction bias as [1, E]
+    return None
+
+
+@torch.no_grad()
+def reduce_router(layer: "ExpertLayer", num_experts: int, keep: list[int], new_ids: list[int]) -> None:
+    """Keep the router's rows of `keep` and count `len(keep)` experts everywhere but in the model's config.
+
+    Args:
+        layer: The layer whose router is cut.
+        num_experts: E before.
+        keep: Kept experts, in their new order.
+        new_ids: For each old expert, the new index that serves it (for tables that name experts).
+    """
+    for module, name, tensor, axis in _router_tensors(layer, num_experts):
+        rows = torch.tensor([*keep, *range(num_experts, tensor.shape[axis])], device=tensor.device)
+        cut = tensor.index_select(axis, rows)
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, name, nn.Parameter(cut, requires_grad=tensor.requires_grad))
+        else:
+            setattr(module, name, cut)
+    table = layer.router._buffers.get("tid2eid")
+    if table is not None:
+        layer.router.tid2eid = torch.tensor(new_ids, device=table.device, dtype=table.dtype)[table]
+    removed = num_experts - len(keep)
+    for module in (*layer.router.modules(), layer.block):
+        for name, value in list(vars(module).items()):
+            counts = "expert" in name or "class" in name or name == "out_features"
+            if type(value) is int and value >= num_experts and counts and "group" not in name:
+                setattr(module, name, value - removed)
+
+
+def set_config_count(config: Any, num_experts: int, new: int) -> None:
+    """Write the new number of routed experts under every spelling that `config` (and its parts) has."""
+    for key in EXPERT_COUNT_KEYS:
+        if getattr(config, key, None) == num_experts:
+            setattr(config, key, new)
+    for part in ("text_config", "ffn_config", "thinker_config"):
+        if getattr(config, part, None) is not None:
+            set_config_count(getattr(config, part), num_experts, new)
+
+
+def read_constraints(layer: "ExpertLayer") -> RouterConstraints:
+    """Find out the router's rule by watching it route, not by its name."""
+    owners = (layer.router, layer.block)
+    groups = next((v for o in owners for n in _GROUP_NAMES if type(v := getattr(o, n, None)) is int), 1)
+    topk_groups = next((v for o in owners if type(v := getattr(o, "topk_group", None)) is int), groups)
+    tensors = _router_tensors(layer, layer.num_experts)
+    has_bias = any("bias" in name and t.numel() <= layer.num_experts + 8 for _, name, t, _ in tensors)
+    rule = _watch_rule(layer)
+    return RouterConstraints(
+        has_correction_bias=has_bias, num_groups=max(groups, 1), topk_groups=max(topk_groups, 1), **rule
+    )
+
+
+_SCORES = {
+    "softmax": lambda logits_TE, chosen_TK: logits_TE.softmax(-1).gather(1, chosen_TK),
+    "sigmoid": lambda logits_TE, chosen_TK: logits_TE.gather(1, chosen_TK).sigmoid(),
+}
+
+
+def _random_tokens(layer: "ExpertLayer") -> Tensor:
+    like = next(layer.router.parameters())
+    hidden_TD = torch.randn(16, layer.input_size, generator=torch.Generator().manual_seed(0))
+    return hidden_TD.to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def _route_random_tokens(layer: "ExpertLayer") -> Any:
+    """Routing of 16 random tokens, or ``None`` where the block wants more than hidden states."""
+    if layer.device.type == "meta":
+        return None
+    was_training = layer.block.training
+    layer.block.eval()
+    try:
+        return layer.route(_random_tokens(layer))
+    except (TypeError, AttributeError, RuntimeError):
+        return None  # hash routing needs input_ids, Zaya the state of the layer before
+    finally:
+        layer.block.train(was_training)
+
+
+@torch.no_grad()
+def router_shows_probabilities(layer: "ExpertLayer") -> bool:
+    """Whether the router's first output already sums to 1 for every token."""
+    if layer.device.type == "meta":
+        return False
+    try:  # not by calling the module: nobody who watches it must see this
+        output = layer.router.forward(_random_tokens(layer))
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        return False  # a router that wants more than hidden states; none of these shows probabilities
+    shown = output if isinstance(output, Tensor) else output[layer.logits_index or 0]
+    shown_TE = shown.float().flatten(0, -2)
+    return bool((shown_TE >= 0).all()) and bool((shown_TE.sum(-1) - 1).abs().max() < 1e-2)
+
+
+@torch.no_grad()
+def _watch_rule(layer: "ExpertLayer") -> dict[str, Any]:
+    """Compare the router's weights on random tokens with each known rule, up to a common factor."""
+    routing = _route_random_tokens(layer)
+    if routing is None or routing.router_logits is None or (routing.expert_ids >= layer.num_experts).any():
+        return {"scoring": "other", "renormalises": False}
+    weights_TK = routing.routing_weights.float()
+    total_T = weights_TK.sum(-1)
+    renormalises = layer.top_k > 1 and bool((total_T / total_T.mean() - 1).abs().max() < 1e-2)
+    for name, score in _SCORES.items():
+        expected_TK = score(routing.router_logits.float(), routing.expert_ids)
+        if renormalises:
+            expected_TK = expected_TK / expected_TK.sum(-1, keepdim=True)
+        ratio_TK = weights_TK / expected_TK.clamp_min(1e-12)
+        if bool((ratio_TK / ratio_TK.mean() - 1).abs().max() < 2e-2):
+            return {"scoring": name, "renormalises": renormalises, "scale": round(float(ratio_TK.mean()), 5)}
+    return {"scoring": "other", "renormalises": renormalises}
+
+
+@torch.no_grad()
+def mix_router_rows(
+    layer: "ExpertLayer", groups: Sequence[tuple[Sequence[int], Sequence[float], int]]
+) -> None:
+    """Set each core's row of every per-expert router tensor to the weighted mean of its group's rows.
+
+    Args:
+        layer: A layer whose router still has all E rows.
+        groups: For each group its experts, their weights (which sum to 1) and its core.
+    """
+    for _, _, tensor, axis in _router_tensors(layer, layer.num_experts):
+        if not tensor.is_floating_point():
+            continue
+        rows = tensor.detach().transpose(0, axis)
+        mixed = [
+            (
+                rows[list(experts)].float()
+                * torch.tensor(weights, device=rows.device).view(-1, *[1] * (rows.ndim - 1))
+            ).sum(0)
+            for experts, weights, _ in groups
+        ]
+        for row, (_, _, core) in zip(mixed, groups, strict=True):
+            rows[core] = row.to(rows.dtype)

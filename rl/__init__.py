@@ -1,0 +1,1 @@
+"""Reinforcement learning of compressed policies. Nothing is in here yet."""

@@ -1,0 +1,196 @@
+"""Train a small OLMoE from scratch on domain-labelled text: the recipe of the bundled checkpoint.
+
+    python -m moekit.scripts.pretrain --data train.jsonl.gz --out small-moe
+
+Each line of the data is ``{"domain": ..., "text": ...}``; plain text files work too and form one domain.
+Domains are sampled by ``--domain-share`` (default: by size), because experts specialise only when the
+domains that a user cares about are really seen.
+"""
+
+import gzip
+import json
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Train a small sparse Mixture-of-Experts language model, tokenizer included."""
+
+    data: Path
+    """Text, ``.jsonl`` or ``.jsonl.gz`` with ``text`` and, optionally, ``domain``."""
+    out: Path
+    """Folder of the finished checkpoint; Trainer's own checkpoints go to ``OUT/trainer``."""
+    domain_share: dict[str, float] = field(default_factory=dict)
+    """Share of the tokens by domain; what is not named shares the rest by size."""
+    steps: int = 5000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences per step."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    vocab_size: int = 2048
+    """Entries of the byte-level BPE tokenizer trained on the same data."""
+    hidden_size: int = 160
+    num_layers: int = 4
+    num_experts: int = 16
+    top_k: int = 2
+    expert_width: int = 112
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+def read_documents(path: Path) -> dict[str, list[str]]:
+    """Read the documents of each domain, in file order."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    documents = defaultdict(list)
+    with opener(path, "rt", encoding="utf-8") as file:
+        if ".jsonl" in path.suffixes:
+            for line in file:
+                row = json.loads(line)
+                documents[row.get("domain", "text")].append(row["text"])
+        else:
+            documents["text"] = file.read().split("\n\n")
+    return dict(documents)
+
+
+def train_tokenizer(documents: dict[str, list[str]], vocab_size: int):
+    """Train a byte-level BPE tokenizer that splits digits one by one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for texts in documents.values() for text in texts[:8000])
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=1024,
+    )
+
+
+def domain_shares(sizes: dict[str, int], asked: dict[str, float]) -> dict[str, float]:
+    """Complete the asked shares: domains that are not named share the rest by size."""
+    unknown = sorted(set(asked) - set(sizes))
+    if unknown or sum(asked.values()) > 1:
+        raise ValueError(
+            f"--domain-share names {unknown or 'shares above 1'}; the data has the domains {sorted(sizes)} "
+            "and their shares may sum to at most 1"
+        )
+    rest = sum(size for domain, size in sizes.items() if domain not in asked)
+    left = 1 - sum(asked.values())
+    return {d: asked.get(d, left * size / rest if rest else 0.0) for d, size in sizes.items()}
+
+
+def pack(tokens: dict[str, list[list[int]]], shares: dict[str, float], *, length: int, eos: int, seed: int):
+    """Concatenate documents, ended by `eos`, into one stream of `length` tokens that keeps the shares.
+
+    The next document comes from the domain that lags most behind its share; a domain that is used up
+    starts again in a new order.
+    """
+    rng = random.Random(seed)
+    order = {d: [] for d in tokens}
+    used = dict.fromkeys(tokens, 0)
+    stream: list[int] = []
+    while len(stream) < length:
+        domain = min(shares, key=lambda d: used[d] / shares[d] if shares[d] else float("inf"))
+        if not order[domain]:
+            order[domain] = rng.sample(range(len(tokens[domain])), len(tokens[domain]))
+        document = tokens[domain][order[domain].pop()]
+        stream.extend(document)
+        stream.append(eos)
+        used[domain] += len(document) + 1
+    return torch.tensor(stream[:length])
+
+
+def build_model(config: PretrainConfig, tokenizer):
+    """Build the untrained OLMoE."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.expert_width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.top_k,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            output_router_logits=True,
+            router_aux_loss_coef=0.01,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def main(config: PretrainConfig) -> None:
+    """Train, then write the checkpoint in bfloat16 with its tokenizer."""
+    from transformers import TrainingArguments, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..moe.trainer import MoETrainer
+
+    documents = read_documents(config.data)
+    tokenizer = train_tokenizer(documents, config.vocab_size)
+    tokens = {d: tokenizer(texts, add_special_tokens=False)["input_ids"] for d, texts in documents.items()}
+    shares = domain_shares({d: sum(map(len, docs)) for d, docs in tokens.items()}, config.domain_share)
+    length = config.steps * config.batch_size * config.seq_len
+    stream = pack(tokens, shares, length=length, eos=tokenizer.eos_token_id, seed=config.seed)
+    rows = stream.view(-1, config.seq_len)
+    del documents, tokens
+
+    set_seed(config.seed)
+    model = build_model(config, tokenizer)
+    arguments = TrainingArguments(
+        output_dir=str(config.out / "trainer"),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=200,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=1,
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+    )
+    folder = Path(arguments.output_dir)
+    MoETrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+    ).train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    model.config.output_router_logits = False
+    model.to(torch.bfloat16).save_pretrained(config.out)
+    tokenizer.save_pretrained(config.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(PretrainConfig))

@@ -67,10 +67,16 @@ def share_experts(
     """
     if sharing not in SHARINGS:
         raise ValueError(f"sharing={sharing!r} is not one of {', '.join(SHARINGS)}")
+    if (experts is None) == (ratio is None):
+        raise ValueError(f"give either experts or ratio, got experts={experts} and ratio={ratio}")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ValueError(f"ratio={ratio} is not a share in (0, 1], the part of the experts to keep")
     check_statistics(layers, statistics)
     outside = sorted(set(exclude_layers) - set(range(len(layers))))
     if outside:
-        raise ValueError(f"exclude_layers names layer {outside[0]}; the MoE layers are 0 to {len(layers) - 1}")
+        raise ValueError(
+            f"exclude_layers names layer {outside[0]}; the MoE layers are 0 to {len(layers) - 1}"
+        )
     silent = [i for i, layer in enumerate(layers) if not _num_tokens(layer, statistics)]
     untouched = frozenset({*exclude_layers, *silent})
     merged = [i for i in range(len(layers)) if i not in untouched]
@@ -95,7 +101,9 @@ def share_experts(
         )
         requested = sum(num_kept)
     notes = [f"layer {layers[i].name!r} is excluded and stays as it is" for i in sorted(set(exclude_layers))]
-    notes += [f"layer {layers[i].name!r} saw no token and stays as it is" for i in silent if i not in exclude_layers]
+    notes += [
+        f"layer {layers[i].name!r} saw no token and stays as it is" for i in silent if i not in exclude_layers
+    ]
     return Budget(num_kept=num_kept, requested=requested, untouched=untouched, notes=tuple(notes))
 
 
@@ -122,9 +130,9 @@ def choose_cores(layer: ExpertLayer, counts_E: Real[Tensor, " E"], num_kept: int
         return dominant_experts(counts_E, num_kept).tolist()
     if num_kept % num_groups:
         raise ValueError(
-            f"cannot keep {num_kept} of {layer.num_experts} experts in layer {layer.name!r} with router={router!r}: "
-            f"its router chooses among {num_groups} groups of one size; keep a multiple of {num_groups}, the same "
-            "in every layer (grouping='uniform'), or use router='redirect'"
+            f"cannot keep {num_kept} of {layer.num_experts} experts in layer {layer.name!r} with "
+            f"router={router!r}: its router chooses among {num_groups} groups of one size; keep a multiple "
+            f"of {num_groups}, the same in every layer (grouping='uniform'), or use router='redirect'"
         )
     size = layer.num_experts // num_groups
     return [
@@ -163,26 +171,15 @@ def _counts(layer: ExpertLayer, statistics: RoutingStatistics) -> Tensor:
 
 
 def _target(layer: ExpertLayer, experts: int | None, ratio: float | None) -> int:
-    """M of one layer if all layers were alike."""
-    if (experts is None) == (ratio is None):
-        raise ValueError(f"give either experts or ratio, got experts={experts} and ratio={ratio}")
+    """M of one layer if all layers were alike; exactly one of `experts` and `ratio` is given."""
     where = f"{layer.num_experts} experts (layer {layer.name!r})"
-    if experts is not None:
-        if not 1 <= experts <= layer.num_experts:
-            raise ValueError(f"experts={experts} is not between 1 and {where}")
-        if experts < layer.top_k:
-            raise ValueError(
-                f"experts={experts} of {where} is fewer than its router selects, top_k={layer.top_k}; "
-                f"keep at least {layer.top_k}"
-            )
-        return experts
-    assert ratio is not None
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio={ratio} is not a share in (0, 1], the part of the experts to keep")
-    kept = round(ratio * layer.num_experts)
+    if experts is not None and not 1 <= experts <= layer.num_experts:
+        raise ValueError(f"experts={experts} is not between 1 and {where}")
+    kept = round((ratio or 0) * layer.num_experts) if experts is None else experts
     if kept < layer.top_k:
+        asked = f"ratio={ratio} keeps {kept}" if experts is None else f"experts={experts}"
         raise ValueError(
-            f"ratio={ratio} keeps {kept} of {where}, fewer than its router selects, top_k={layer.top_k}; use at "
-            f"least {layer.top_k / layer.num_experts:g}"
+            f"{asked} of {where}, fewer than its router selects, top_k={layer.top_k}; "
+            f"use experts={layer.top_k} or ratio={layer.top_k / layer.num_experts:g} at least"
         )
     return kept

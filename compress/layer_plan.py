@@ -1,6 +1,7 @@
 """What becomes of one MoE layer: groups of experts, what they weigh, who leads them. Plain data, no torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _SUM_TOLERANCE = 1e-3  # so that a person may write 0.333 three times
@@ -49,7 +50,7 @@ class LayerPlan:
             for expert in group.experts:
                 if expert in group_of:
                     raise ValueError(
-                        f"expert {expert} is in the groups {group_of[expert]} and {index} {where}; it may be in one"
+                        f"expert {expert} is in groups {group_of[expert]} and {index} {where}; choose one"
                     )
                 group_of[expert] = index
 
@@ -90,11 +91,10 @@ class LayerPlan:
         return [group.experts for group in self.groups] == [(e,) for e in range(self.num_experts)]
 
 
-def keep_layer(name: str, num_experts: int, top_k: int) -> LayerPlan:
-    """Plan a layer that stays as it is: each expert a group of its own."""
-    groups = tuple(
-        ExpertGroup(experts=(e,), weights=(1.0,), core=e, reference=e) for e in range(num_experts)
-    )
+def keep_experts(name: str, num_experts: int, top_k: int, keep: Sequence[int] | None = None) -> LayerPlan:
+    """Plan a layer in which some experts (all by default) stay as they are and the others go."""
+    keep = range(num_experts) if keep is None else keep
+    groups = tuple(ExpertGroup(experts=(e,), weights=(1.0,), core=e, reference=e) for e in keep)
     return LayerPlan(name=name, num_experts=num_experts, top_k=top_k, groups=groups)
 
 
@@ -110,6 +110,10 @@ def _check_group(group: ExpertGroup, what: str, allowed: range, where: str) -> N
     if any(not math.isfinite(w) or w < 0 for w in group.weights):
         raise ValueError(f"weights {list(group.weights)} of {what} must be finite and not negative {where}")
     if abs(sum(group.weights) - 1) > _SUM_TOLERANCE:
-        raise ValueError(f"weights {list(group.weights)} of {what} sum to {sum(group.weights):g}, not 1 {where}")
+        raise ValueError(
+            f"weights {list(group.weights)} of {what} sum to {sum(group.weights):g}, not 1 {where}"
+        )
     if group.core not in group.experts:
-        raise ValueError(f"core {group.core} of {what} is not one of its experts {list(group.experts)} {where}")
+        raise ValueError(
+            f"core {group.core} of {what} is not one of its experts {list(group.experts)} {where}"
+        )

@@ -11,9 +11,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self, TypeAlias
 
-from .layer_plan import ExpertGroup, LayerPlan, keep_layer
+from .layer_plan import ExpertGroup, LayerPlan
 from .plan_file import format_json, parse_json, read_record, write_atomically
 
 __all__ = [
@@ -25,8 +25,7 @@ __all__ = [
     "ExpertGroup",
     "LayerPlan",
     "ModelIdentity",
-    "PlannableLayer",
-    "keep_layer",
+    "check_form",
 ]
 
 FORMAT = "moekit.plan"
@@ -37,29 +36,11 @@ FORMS = ("moekit", "stock")
 
 ROUTERS = ("redirect", "slice", "mean", "logsumexp")
 """``redirect`` keeps all E rows and sends each choice to its group; ``slice`` keeps the cores' rows; ``mean``
-gives each core the weighted mean row of its group; ``logsumexp`` chooses groups by their exact probability."""
+gives each core its group's weighted mean row; ``logsumexp`` chooses groups by their exact probability."""
 
 ALIGNMENTS = ("weights", "none")
 
-@runtime_checkable
-class PlannableLayer(Protocol):
-    """What a plan asks of an MoE layer; ``ExpertLayer`` has it."""
-
-    name: str
-    block: Any
-    config: Any
-    num_experts: int
-    top_k: int
-    router_mode: str
-    router_constraints: Any
-
-    def experts(self) -> Sequence[Any]:
-        """The physical experts."""
-        ...
-
-    def check_replacement(self, num_physical: int, expert_map: Sequence[int]) -> None:
-        """Refuse a map that the layer cannot run."""
-        ...
+Layer: TypeAlias = Any  # an ExpertLayer; to import it would be to import torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +57,7 @@ class ModelIdentity:
     """Hash of the layers' names, expert counts and expert shapes; values do not enter."""
 
     @classmethod
-    def of(cls, layers: Sequence[PlannableLayer]) -> Self:
+    def of(cls, layers: Sequence[Layer]) -> Self:
         """The identity of the model that these layers belong to."""
         shapes = []
         for layer in layers:
@@ -105,6 +86,22 @@ class AlignmentRule:
         """Refuse an unknown method."""
         if self.method not in ALIGNMENTS:
             raise ValueError(f"alignment method {self.method!r} is not one of {', '.join(ALIGNMENTS)}")
+
+
+def check_form(form: str, router: str) -> None:
+    """Refuse a form of checkpoint and a router mode that do not go together.
+
+    Raises:
+        ValueError: Either is unknown, or the form cannot hold the router.
+    """
+    for what, got, allowed in (("form", form, FORMS), ("router", router, ROUTERS)):
+        if got not in allowed:
+            raise ValueError(f"{what}={got!r} is not one of {', '.join(allowed)}")
+    if form == "stock" and router in ("redirect", "logsumexp"):
+        raise ValueError(
+            f"router={router!r} keeps a row for every expert, which form='stock' cannot hold; "
+            "use router='slice' or 'mean', or form='moekit'"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +135,7 @@ class CompressionPlan:
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
-        for what, got, allowed in (("form", self.form, FORMS), ("router", self.router, ROUTERS)):
-            if got not in allowed:
-                raise ValueError(f"{what}={got!r} is not one of {', '.join(allowed)}")
+        check_form(self.form, self.router)
         names = [layer.name for layer in self.layers]
         if not names:
             raise ValueError("the plan has no layers; it must list every MoE layer of the model")
@@ -152,16 +147,12 @@ class CompressionPlan:
             self._check_uniform()
 
     def _check_all_rows_served(self) -> None:
-        if self.form == "stock":
-            raise ValueError(
-                f"router={self.router!r} keeps a row for every expert, which form='stock' cannot hold; "
-                "use router='slice' or 'mean', or form='moekit'"
-            )
         for layer in self.layers:
             if layer.removed:
                 raise ValueError(
-                    f"experts {layer.removed} are in no group (layer {layer.name!r}), but router={self.router!r} "
-                    "still chooses them; put each into a group, or use router='slice' or 'mean'"
+                    f"experts {layer.removed} are in no group (layer {layer.name!r}), but "
+                    f"router={self.router!r} still chooses them; put each into a group, or use "
+                    "router='slice' or 'mean'"
                 )
 
     def _check_uniform(self) -> None:
@@ -169,7 +160,8 @@ class CompressionPlan:
         if len(sizes) > 1:
             shown = ", ".join(f"{after} of {before} in {name!r}" for (before, after), name in sizes.items())
             raise ValueError(
-                f"form='stock' needs the same number of experts in every layer, got {shown}; use form='moekit'"
+                "form='stock' needs the same number of experts in every layer, "
+                f"got {shown}; use form='moekit'"
             )
 
     @property
@@ -203,7 +195,9 @@ class CompressionPlan:
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"it is not a compression plan: 'format' must be {FORMAT!r}")
         if (version := data.pop("version", None)) != VERSION:
-            raise ValueError(f"its version is {version!r}; this moekit reads {VERSION}: update moekit or plan anew")
+            raise ValueError(
+                f"its version is {version!r}; this moekit reads {VERSION}: update moekit or plan anew"
+            )
         data.pop("actual_experts", None)
         return read_record(cls, data, "plan")
 
@@ -226,7 +220,7 @@ class CompressionPlan:
         except ValueError as error:
             raise ValueError(f"plan '{file}': {error}") from error
 
-    def validate_against(self, layers: Sequence[PlannableLayer]) -> None:
+    def validate_against(self, layers: Sequence[Layer]) -> None:
         """Refuse a plan that does not fit a model; reads the model and changes nothing.
 
         Args:
@@ -240,35 +234,38 @@ class CompressionPlan:
         for what in ("model_type", "layer_class"):
             if (planned := getattr(self.model, what)) != (got := getattr(here, what)):
                 raise ValueError(
-                    f"the plan is for another model: its {what} is {planned!r}, this one's is {got!r}; plan anew"
+                    f"the plan is for another model: its {what} is {planned!r}, "
+                    f"this one's is {got!r}; plan anew"
                 )
         planned_names = [layer.name for layer in self.layers]
         if unknown := [name for name in planned_names if name not in found]:
             raise ValueError(f"the plan names layer {unknown[0]!r}, which is not among {', '.join(found)}")
         if missing := [name for name in found if name not in planned_names]:
             raise ValueError(
-                f"the plan leaves out layer {missing[0]!r}; to keep it as it is, list each of its experts as a "
-                "group of its own"
+                f"the plan leaves out layer {missing[0]!r}; to keep it as it is, "
+                "list each of its experts as a group of its own"
             )
         for planned in self.layers:
             self._check_layer(planned, found[planned.name])
         if self.model.fingerprint != here.fingerprint:
             raise ValueError(
-                "the plan is for another model: its layers have the same names but experts of other shapes; plan anew"
+                "the plan is for another model: its layers have the same names but experts of other shapes; "
+                "plan anew"
             )
 
-    def _check_layer(self, planned: LayerPlan, layer: PlannableLayer) -> None:
+    def _check_layer(self, planned: LayerPlan, layer: Layer) -> None:
         for what in ("num_experts", "top_k"):
             if (wanted := getattr(planned, what)) != (got := getattr(layer, what)):
                 raise ValueError(
-                    f"the plan is for another model: {what}={wanted} in layer {layer.name!r}, which has {got}; plan anew"
+                    f"the plan is for another model: {what}={wanted} in layer {layer.name!r}, "
+                    f"which has {got}; plan anew"
                 )
         if planned.is_identity:
             return
         if layer.router_mode == "logsumexp" or (self.router == "logsumexp" and layer.router_mode != "full"):
             raise ValueError(
-                f"layer {layer.name!r} is merged already (router {layer.router_mode!r}) and cannot be merged again "
-                f"with router={self.router!r}; start from the original model"
+                f"layer {layer.name!r} is merged already (router {layer.router_mode!r}) and cannot be merged "
+                f"again with router={self.router!r}; start from the original model"
             )
         if self.router in ("slice", "mean"):
             layer.router_constraints.check(
@@ -280,13 +277,18 @@ class CompressionPlan:
 
     def summary(self) -> str:
         """A table for people: every layer with its groups, the core of each first."""
-        rows = [(layer.name, f"{layer.num_experts} -> {layer.num_kept}", _groups(layer)) for layer in self.layers]
+        rows = [
+            (layer.name, f"{layer.num_experts} -> {layer.num_kept}", _groups(layer)) for layer in self.layers
+        ]
         before = sum(layer.num_experts for layer in self.layers)
         widths = [max(len(row[column]) for row in (_HEADER, *rows)) for column in (0, 1)]
         lines = [
             f"{self.method} for {self.model.model_type}: {before} -> {self.actual_experts} experts "
             f"({self.requested_experts} requested), router {self.router}, form {self.form}",
-            *(f"{name:<{widths[0]}}  {size:>{widths[1]}}  {groups}" for name, size, groups in (_HEADER, *rows)),
+            *(
+                f"{name:<{widths[0]}}  {size:>{widths[1]}}  {groups}"
+                for name, size, groups in (_HEADER, *rows)
+            ),
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(line.rstrip() for line in lines)

@@ -134,5 +134,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"it holds the key {next(k for k in keys if keys.count(k) > 1)!r} twice in one table")
+        raise ValueError(
+            f"it holds the key {next(k for k in keys if keys.count(k) > 1)!r} twice in one table"
+        )
     return table

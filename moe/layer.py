@@ -221,7 +221,8 @@ class ExpertLayer:
         return "full" if self.expert_map is None else "redirect"
 
     @property
-    def _block_is_decoder_layer(self) -> bool:
+    def block_is_decoder_layer(self) -> bool:
+        """Whether router and experts sit on the decoder layer itself and read different inputs (Gemma-4)."""
         return any("attn" in name or "attention" in name for name, _ in self.block.named_children())
 
     def route(self, hidden_TD: Float[Tensor, "T D"], **block_inputs: Any) -> Routing:
@@ -238,8 +239,8 @@ class ExpertLayer:
             routed.append((ids, weights))
             raise _Routed
 
-        with self.observe_logits(logits.append), self.observe(stop):
-            if self._block_is_decoder_layer:
+        with self.observe(stop), self.observe_logits(logits.append):
+            if self.block_is_decoder_layer:
                 _, weights, ids = self.router(hidden_TD)
                 routed.append((ids, weights))
             else:
@@ -258,7 +259,7 @@ class ExpertLayer:
         self, hidden_TD: Float[Tensor, "T D"], ids_TK: Int[Tensor, "T K"], weights_TK: Float[Tensor, "T K"]
     ) -> Float[Tensor, "T D"]:
         """Run the experts on logical choices by the model's own implementation."""
-        return self.experts_module(hidden_TD, ids_TK, weights_TK)
+        return self.experts_module(hidden_TD, ids_TK, weights_TK).view(hidden_TD.shape)
 
     def check_replacement(self, num_physical: int, expert_map: Sequence[int]) -> None:
         """Refuse a map that does not fit.

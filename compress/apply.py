@@ -1,0 +1,129 @@
+"""Carry out a compression plan: the only code of `compress` that changes a model."""
+
+# E experts, M merged experts
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..moe.checkpoint import update_expert_count
+from ..moe.discovery import expert_layers
+from ..moe.layer import ExpertLayer
+from ..moe.router import mix_router_rows
+from ..moe.weights import ExpertWeights
+from .alignment import align_expert, permute_expert
+from .layer_plan import ExpertGroup, LayerPlan
+from .m_smoe import logical_experts
+from .merging import merge_experts
+from .plan import AlignmentRule, CompressionPlan
+
+
+def apply_plan(
+    model: PreTrainedModel, plan: CompressionPlan, *, progress: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Merge and remove experts of a model, in place, as a plan says.
+
+    Everything that can be refused is refused before anything is touched. Layers are done one at a time;
+    beside the model there are never more than one layer's merged experts.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What to do; may have been edited.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        For each layer ``experts_before``, ``experts_after``, ``aligned`` (members that were aligned), and
+        their mean relative distance ``|W - W_ref| / |W_ref|`` to their reference, ``distance_before`` and
+        ``distance_after`` the alignment; ``None`` where none was aligned.
+
+    Raises:
+        ValueError: The plan does not fit the model, or the weights of a layer hold NaN or infinity.
+
+    Reference: Li et al., "Merge, Then Compress" (MC-SMoE, ICLR 2024), algorithm 1, arXiv:2310.01334; the
+    router modes ``slice``, ``mean`` and ``logsumexp`` are moekit's own.
+    """
+    layers = {layer.name: layer for layer in expert_layers(model)}
+    plan.validate_against(list(layers.values()))
+    for layer_plan in plan.layers:
+        if not layer_plan.is_identity:
+            _check_finite(layers[layer_plan.name])
+    report = {}
+    for layer_plan in tqdm(plan.layers, desc="merging", unit="layer", disable=not progress):
+        report[layer_plan.name] = _apply_to_layer(layers[layer_plan.name], layer_plan, plan)
+    if plan.form == "stock":
+        # Uniform, as the plan has made sure.
+        update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)
+    return report
+
+
+@torch.no_grad()
+def _apply_to_layer(layer: ExpertLayer, layer_plan: LayerPlan, plan: CompressionPlan) -> dict[str, Any]:
+    distances: list[tuple[float, float]] = []
+    if not layer_plan.is_identity:
+        experts = logical_experts(layer)
+        merged = [_merge_group(experts, group, plan.alignment, distances) for group in layer_plan.groups]
+        router = "logsumexp" if plan.router == "logsumexp" else "redirect"
+        layer.replace_experts(merged, layer_plan.expert_map, router=router)
+        if plan.router == "mean":
+            mix_router_rows(layer, [(g.experts, _unit_sum(g.weights), g.core) for g in layer_plan.groups])
+        if plan.router in ("slice", "mean"):
+            layer.remove_experts(layer_plan.cores)
+    before, after = zip(*distances, strict=True) if distances else ((), ())
+    return {
+        "experts_before": layer_plan.num_experts,
+        "experts_after": layer_plan.num_kept,
+        "aligned": len(distances),
+        "distance_before": sum(before) / len(before) if before else None,
+        "distance_after": sum(after) / len(after) if after else None,
+    }
+
+
+def _merge_group(
+    experts: list[ExpertWeights],
+    group: ExpertGroup,
+    rule: AlignmentRule,
+    distances: list[tuple[float, float]],
+) -> ExpertWeights:
+    """One expert of a group; appends the members' distances to the reference before and after alignment."""
+    used = [
+        (expert, weight) for expert, weight in zip(group.experts, group.weights, strict=True) if weight > 0
+    ]
+    if len(used) == 1:
+        return experts[used[0][0]]  # a view, and bit for bit: there is nothing to align it with
+    reference = experts[group.reference]
+
+    def ordered(index: int) -> ExpertWeights:
+        expert = experts[index]
+        if rule.method == "none" or index == group.reference:
+            return expert
+        alignment = align_expert(expert, reference, include_down=rule.include_down)
+        aligned = permute_expert(expert, *alignment)
+        distances.append((_distance(expert, reference), _distance(aligned, reference)))
+        return aligned
+
+    return merge_experts((ordered(index) for index, _ in used), [weight for _, weight in used])
+
+
+def _distance(expert: ExpertWeights, reference: ExpertWeights) -> float:
+    """Relative distance of all weights of two experts, as they stand."""
+    pairs = [(tensor.float(), getattr(reference, name).float()) for name, tensor in expert.named_tensors()]
+    apart = sum((mine - theirs).square().sum() for mine, theirs in pairs)
+    size = sum(theirs.square().sum() for _, theirs in pairs)
+    return float((torch.as_tensor(apart) / torch.as_tensor(size).clamp_min(1e-30)).sqrt())
+
+
+def _unit_sum(weights: tuple[float, ...]) -> list[float]:
+    """The weights of an edited plan may miss 1 by a rounding."""
+    return [weight / sum(weights) for weight in weights]
+
+
+def _check_finite(layer: ExpertLayer) -> None:
+    for index, expert in enumerate(layer.experts()):
+        for name, tensor in expert.named_tensors():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{name} of expert {index} in layer {layer.name!r} holds NaN or infinity; "
+                    "nothing was changed, check the checkpoint"
+                )

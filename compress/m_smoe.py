@@ -1,0 +1,210 @@
+"""M-SMoE: group experts that are routed alike, and plan to merge each group by its members' use.
+
+Reads routing statistics, and weights only where they are asked for; changes nothing.
+"""
+
+# E experts, M groups
+
+from collections.abc import Collection, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..moe.layer import ExpertLayer
+from ..moe.statistics import LayerStatistics, RoutingStatistics
+from ..moe.weights import ExpertWeights
+from .alignment import align_expert, permute_expert
+from .budget import choose_cores, share_experts
+from .grouping import assign_groups, group_members, most_used_members, random_groups
+from .layer_plan import ExpertGroup, LayerPlan, keep_experts
+from .merging import REFERENCES, WEIGHTINGS, group_weights
+from .plan import AlignmentRule, CompressionPlan, ModelIdentity, check_form
+from .similarity import SIMILARITIES, output_similarity, router_logit_similarity, weight_similarity
+
+GROUPINGS = ("adaptive", "uniform", "random")
+
+
+def plan_m_smoe(
+    layers: Sequence[ExpertLayer],
+    statistics: RoutingStatistics,
+    *,
+    experts: int | None = None,
+    ratio: float | None = None,
+    grouping: str = "adaptive",
+    similarity: str = "router-logits",
+    weighting: str = "frequency",
+    alignment: str = "weights",
+    reference: str = "dominant",
+    router: str = "redirect",
+    form: str = "moekit",
+    exclude_layers: Collection[int] = (),
+    capacity: int | None = None,
+    ties: str = "exact",
+    seed: int = 0,
+) -> CompressionPlan:
+    """Plan M-SMoE for a model.
+
+    Args:
+        layers: ``expert_layers(model)``.
+        statistics: Routing of calibration data, by ``record_routing``. Layers that saw no token stay as they
+            are.
+        experts: Experts (groups) to keep in each merged layer, on average for ``grouping="adaptive"``. Give
+            this or ``ratio``.
+        ratio: Share of the experts to keep, in (0, 1].
+        grouping: ``adaptive`` gives more groups to layers that use many experts; ``uniform`` gives all
+            layers the same; ``random`` is uniform with groups drawn by ``seed``, the ablation.
+        similarity: Who resembles whom: ``router-logits`` (the paper's), ``weights`` (of experts aligned to
+            the most used one, which holds one aligned copy of a layer) or ``outputs``.
+        weighting: What members weigh: ``frequency`` or ``equal``.
+        alignment: ``weights`` aligns the members of a group before they are added; ``none`` does not.
+        reference: Whose neuron order they take: the ``dominant`` expert's of their group, or the ``first``
+            of the layer's.
+        router: ``redirect``, ``slice``, ``mean`` or ``logsumexp``; see ``ROUTERS``.
+        form: ``moekit``, or ``stock`` for a checkpoint of the family's own class, which needs one number of
+            experts in every layer and ``slice`` or ``mean``.
+        exclude_layers: Indices of layers that stay as they are. The paper leaves out the first MoE layer of
+            switch-base-32's encoder: ``[0]``.
+        capacity: Most members of a group, for ``adaptive`` and ``uniform``.
+        ties: See ``adaptive_group_counts``.
+        seed: Of the random groups.
+
+    Returns:
+        A plan that fits the model.
+
+    Raises:
+        ValueError: Options out of range or at odds with each other or with a layer's router; says what, got,
+            allowed and the fix.
+
+    Reference: Li et al., "Merge, Then Compress" (MC-SMoE, ICLR 2024), section 3.1 and algorithm 1,
+    arXiv:2310.01334.
+
+    *Departs from the paper*: gated experts are aligned too, to the dominant expert of the group instead of
+    expert 0 (``reference="first"`` is the paper's); the total of groups is met exactly (``ties="strict"`` is
+    the paper's); no layer is left out by default.
+    """
+    _check_options(grouping, similarity, weighting, reference, form, router)
+    rule = AlignmentRule(method=alignment)
+    budget = share_experts(
+        layers,
+        statistics,
+        experts=experts,
+        ratio=ratio,
+        sharing="adaptive" if grouping == "adaptive" else "uniform",
+        exclude_layers=exclude_layers,
+        ties=ties,
+    )
+    planned = []
+    for index, (layer, num_groups) in enumerate(zip(layers, budget.num_kept, strict=True)):
+        if index in budget.untouched or num_groups == layer.num_experts:
+            planned.append(keep_experts(layer.name, layer.num_experts, layer.top_k))
+            continue
+        known = statistics.layers[layer.name]
+        if grouping == "random":
+            group_of_E = random_groups(layer.num_experts, num_groups, seed + index)
+            cores = most_used_members(group_of_E, known.counts).tolist()
+        else:
+            cores = choose_cores(layer, known.counts, num_groups, router)
+            similarity_EE = layer_similarity(layer, known, similarity, align=alignment == "weights")
+            group_of_E = assign_groups(similarity_EE, known.counts, cores, capacity=capacity)
+        shares_E = group_weights(group_of_E, known.counts, weighting=weighting)
+        planned.append(_layer_plan(layer, group_of_E, cores, shares_E, reference))
+    plan = CompressionPlan(
+        model=ModelIdentity.of(layers),
+        method="m-smoe",
+        form=form,
+        router=router,
+        alignment=rule,
+        layers=tuple(planned),
+        requested_experts=budget.requested,
+        settings={
+            "experts": experts,
+            "ratio": ratio,
+            "grouping": grouping,
+            "similarity": similarity,
+            "weighting": weighting,
+            "reference": reference,
+            "exclude_layers": sorted(exclude_layers),
+            "capacity": capacity,
+            "ties": ties,
+            "seed": seed,
+        },
+        notes=budget.notes,
+    )
+    plan.validate_against(layers)
+    return plan
+
+
+def layer_similarity(
+    layer: ExpertLayer, statistics: LayerStatistics, similarity: str, *, align: bool = True
+) -> Float[Tensor, "E E"]:
+    """Similarity of every two experts of a layer.
+
+    Args:
+        layer: The layer; its weights are read for ``weights`` only.
+        statistics: Its routing.
+        similarity: ``router-logits``, ``weights`` or ``outputs``.
+        align: For ``weights``: compare them in the neuron order of the most used expert.
+
+    Returns:
+        Ones on the diagonal; only the order of the entries matters.
+
+    Raises:
+        ValueError: The router shows no logits to compare, or numbers are NaN or infinite.
+    """
+    if similarity == "outputs":
+        return output_similarity(statistics.output_sums, statistics.counts)
+    if similarity == "weights":
+        experts = logical_experts(layer)
+        if align:
+            reference = experts[int(statistics.counts.argmax())]
+            experts = [permute_expert(expert, *align_expert(expert, reference)) for expert in experts]
+        return weight_similarity(experts).cpu()
+    if not statistics.logit_gram.any():
+        raise ValueError(
+            f"layer {layer.name!r} shows no router logits to compare its experts by; "
+            "use similarity='weights' or 'outputs'"
+        )
+    return router_logit_similarity(statistics.logit_gram)
+
+
+def logical_experts(layer: ExpertLayer) -> list[ExpertWeights]:
+    """Views of the E experts that the router knows; in a merged layer several may be the same."""
+    present = layer.experts()
+    return present if layer.expert_map is None else [present[i] for i in layer.expert_map.tolist()]
+
+
+def _layer_plan(
+    layer: ExpertLayer, group_of_E: Tensor, cores: list[int], shares_E: Tensor, reference: str
+) -> LayerPlan:
+    members, shares = group_members(group_of_E, len(cores)), shares_E.tolist()
+    groups = [
+        ExpertGroup(
+            experts=tuple(experts),
+            weights=tuple(shares[e] for e in experts),
+            core=core,
+            reference=core if reference == "dominant" else 0,
+        )
+        for core, experts in sorted(zip(cores, members, strict=True))
+    ]
+    return LayerPlan(name=layer.name, num_experts=layer.num_experts, top_k=layer.top_k, groups=tuple(groups))
+
+
+def _check_options(
+    grouping: str, similarity: str, weighting: str, reference: str, form: str, router: str
+) -> None:
+    """Refuse before any work what would be refused after it."""
+    check_form(form, router)
+    options = (
+        ("grouping", grouping, GROUPINGS),
+        ("similarity", similarity, tuple(SIMILARITIES)),
+        ("weighting", weighting, WEIGHTINGS),
+        ("reference", reference, REFERENCES),
+    )
+    for what, got, allowed in options:
+        if got not in allowed:
+            raise ValueError(f"{what}={got!r} is not one of {', '.join(allowed)}")
+    if form == "stock" and grouping == "adaptive":
+        raise ValueError(
+            "form='stock' needs the same number of experts in every layer, which grouping='adaptive' does "
+            "not give; use grouping='uniform', or form='moekit'"
+        )

@@ -15,7 +15,6 @@ from ..moe.router import mix_router_rows
 from ..moe.weights import ExpertWeights
 from .alignment import align_expert, permute_expert
 from .layer_plan import ExpertGroup, LayerPlan
-from .m_smoe import logical_experts
 from .merging import merge_experts
 from .plan import AlignmentRule, CompressionPlan
 
@@ -62,7 +61,7 @@ def apply_plan(
 def _apply_to_layer(layer: ExpertLayer, layer_plan: LayerPlan, plan: CompressionPlan) -> dict[str, Any]:
     distances: list[tuple[float, float]] = []
     if not layer_plan.is_identity:
-        experts = logical_experts(layer)
+        experts = layer.experts()
         merged = [_merge_group(experts, group, plan.alignment, distances) for group in layer_plan.groups]
         router = "logsumexp" if plan.router == "logsumexp" else "redirect"
         layer.replace_experts(merged, layer_plan.expert_map, router=router)

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import RoutingStatistics
 from .grouping import adaptive_group_counts, dominant_experts, uniform_group_counts
+from .plan import check_unmerged
 
-SHARINGS = ("adaptive", "uniform")
+SHARES = ("adaptive", "uniform")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,7 @@ def share_experts(
     *,
     experts: int | None = None,
     ratio: float | None = None,
-    sharing: str = "adaptive",
+    grouping: str = "adaptive",
     exclude_layers: Collection[int] = (),
     ties: str = "exact",
 ) -> Budget:
@@ -54,7 +55,7 @@ def share_experts(
         statistics: How they routed.
         experts: Experts to keep in each merged layer, on average for ``adaptive``. Give this or ``ratio``.
         ratio: Share of the experts of each merged layer to keep, in (0, 1]; rounded to whole experts.
-        sharing: ``adaptive`` gives more to layers that use many experts, ``uniform`` the same to all.
+        grouping: ``adaptive`` gives more to layers that use many experts, ``uniform`` the same to all.
         exclude_layers: Indices into ``layers`` of layers that stay as they are.
         ties: See ``adaptive_group_counts``.
 
@@ -63,14 +64,15 @@ def share_experts(
 
     Raises:
         ValueError: Neither or both of ``experts`` and ``ratio``, either out of range, fewer experts than a
-            router must choose, statistics of another model, or nothing left to merge.
+            router must choose, statistics of another model, layers merged before, or nothing left to merge.
     """
-    if sharing not in SHARINGS:
-        raise ValueError(f"sharing={sharing!r} is not one of {', '.join(SHARINGS)}")
+    if grouping not in SHARES:
+        raise ValueError(f"grouping={grouping!r} is not one of {', '.join(SHARES)}")
     if (experts is None) == (ratio is None):
         raise ValueError(f"give either experts or ratio, got experts={experts} and ratio={ratio}")
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"ratio={ratio} is not a share in (0, 1], the part of the experts to keep")
+    check_unmerged(layers)
     check_statistics(layers, statistics)
     outside = sorted(set(exclude_layers) - set(range(len(layers))))
     if outside:
@@ -88,7 +90,7 @@ def share_experts(
     targets = [_target(layers[i], experts, ratio) for i in merged]
     usage_LE = [_counts(layer, statistics) for layer in layers]
     minimum = max(layers[i].top_k for i in merged)
-    if sharing == "adaptive":
+    if grouping == "adaptive":
         average = sum(targets) / len(targets)
         shared = adaptive_group_counts(usage_LE, average, excluded=untouched, minimum=minimum, ties=ties)
         num_kept, requested = shared.num_groups, shared.requested

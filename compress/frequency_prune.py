@@ -36,7 +36,7 @@ def plan_frequency(
     Reference: pruning baseline of Li et al., "Merge, Then Compress" (ICLR 2024), section 4, arXiv:2310.01334.
     """
     sizes = {"experts": experts, "ratio": ratio, "exclude_layers": sorted(exclude_layers)}
-    budget = share_experts(layers, statistics, **sizes, sharing=grouping)  # pyright: ignore[reportArgumentType]
+    budget = share_experts(layers, statistics, **sizes, grouping=grouping)  # pyright: ignore[reportArgumentType]
     planned = []
     for index, (layer, num_kept) in enumerate(zip(layers, budget.num_kept, strict=True)):
         keep = None

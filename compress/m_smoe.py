@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import LayerStatistics, RoutingStatistics
-from ..moe.weights import ExpertWeights
 from .alignment import align_expert, permute_expert
 from .budget import choose_cores, share_experts
 from .grouping import assign_groups, group_members, most_used_members, random_groups
@@ -89,7 +88,7 @@ def plan_m_smoe(
         statistics,
         experts=experts,
         ratio=ratio,
-        sharing="adaptive" if grouping == "adaptive" else "uniform",
+        grouping="adaptive" if grouping == "adaptive" else "uniform",
         exclude_layers=exclude_layers,
         ties=ties,
     )
@@ -154,7 +153,7 @@ def layer_similarity(
     if similarity == "outputs":
         return output_similarity(statistics.output_sums, statistics.counts)
     if similarity == "weights":
-        experts = logical_experts(layer)
+        experts = layer.experts()
         if align:
             reference = experts[int(statistics.counts.argmax())]
             experts = [permute_expert(expert, *align_expert(expert, reference)) for expert in experts]
@@ -165,12 +164,6 @@ def layer_similarity(
             "use similarity='weights' or 'outputs'"
         )
     return router_logit_similarity(statistics.logit_gram)
-
-
-def logical_experts(layer: ExpertLayer) -> list[ExpertWeights]:
-    """Views of the E experts that the router knows; in a merged layer several may be the same."""
-    present = layer.experts()
-    return present if layer.expert_map is None else [present[i] for i in layer.expert_map.tolist()]
 
 
 def _layer_plan(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 from .layer_plan import ExpertGroup, LayerPlan
 from .plan_file import format_json, parse_json, read_record, write_atomically
@@ -26,6 +26,7 @@ __all__ = [
     "LayerPlan",
     "ModelIdentity",
     "check_form",
+    "check_unmerged",
 ]
 
 FORMAT = "moekit.plan"
@@ -57,7 +58,7 @@ class ModelIdentity:
     """Hash of the layers' names, expert counts and expert shapes; values do not enter."""
 
     @classmethod
-    def of(cls, layers: Sequence[Layer]) -> Self:
+    def of(cls, layers: Sequence[Layer]) -> "ModelIdentity":
         """The identity of the model that these layers belong to."""
         shapes = []
         for layer in layers:
@@ -102,6 +103,20 @@ def check_form(form: str, router: str) -> None:
             f"router={router!r} keeps a row for every expert, which form='stock' cannot hold; "
             "use router='slice' or 'mean', or form='moekit'"
         )
+
+
+def check_unmerged(layers: Sequence[Layer]) -> None:
+    """Refuse layers whose router chooses among other experts than there are.
+
+    Raises:
+        ValueError: A layer was merged with ``redirect`` or ``logsumexp``.
+    """
+    for layer in layers:
+        if layer.router_mode != "full":
+            raise ValueError(
+                f"layer {layer.name!r} is merged already (router {layer.router_mode!r}) and cannot be merged "
+                "again; start from the original model"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +197,7 @@ class CompressionPlan:
         return format_json({**head, "layers": layers}) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "CompressionPlan":
         """Read a plan, however it was edited.
 
         ``actual_experts`` is counted anew, so that an edit of the groups need not keep it right.
@@ -206,7 +221,7 @@ class CompressionPlan:
         return write_atomically(path, self.to_json())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> "CompressionPlan":
         """Read what `save` wrote, or an edited copy.
 
         Raises:
@@ -230,6 +245,7 @@ class CompressionPlan:
             ValueError: It is for another model, names a layer that is not there or leaves one out, or asks
                 for what a layer's router cannot do. Says what, where and what is allowed.
         """
+        check_unmerged(layers)
         here, found = ModelIdentity.of(layers), {layer.name: layer for layer in layers}
         for what in ("model_type", "layer_class"):
             if (planned := getattr(self.model, what)) != (got := getattr(here, what)):
@@ -262,15 +278,8 @@ class CompressionPlan:
                 )
         if planned.is_identity:
             return
-        if layer.router_mode == "logsumexp" or (self.router == "logsumexp" and layer.router_mode != "full"):
-            raise ValueError(
-                f"layer {layer.name!r} is merged already (router {layer.router_mode!r}) and cannot be merged "
-                f"again with router={self.router!r}; start from the original model"
-            )
         if self.router in ("slice", "mean"):
-            layer.router_constraints.check(
-                planned.cores, num_experts=layer.num_experts, top_k=layer.top_k, layer=layer.name
-            )
+            layer.check_removal(planned.cores)
         if self.router == "logsumexp":
             layer.router_constraints.check_group_probability(layer.name)
         layer.check_replacement(planned.num_kept, planned.expert_map)

@@ -1,25 +1,33 @@
 """The two checkpoint forms: stock, and moekit through transformers' quantizer registry.
 
 *stock* is the family's own class with fewer experts. *moekit* is exact: E router rows over M experts, another
-M in each layer. Its `config.json` says so in ``quantization_config``, and once this module is imported a plain
+M in each layer. Its `config.json` says so in ``quantization_config``, and once this module is imported, a plain
 ``AutoModelForCausalLM.from_pretrained`` rebuilds the layers before it loads the weights.
+
+Without that import transformers 5.23 warns of an "unknown quantization type" and builds the layers as large as
+the config counts; it then stops, because the weights have other shapes. Only Switch, whose experts are separate
+modules, is loaded all the same, with a warning and with fresh random experts in the place of merged ones.
 """
 
 # E logical experts, M physical experts
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .discovery import expert_layers
+from .group_router import set_logit_columns
 from .layer import ExpertLayer
-from .router import EXPERT_COUNT_KEYS, set_config_count
+from .router import CONFIG_PARTS, EXPERT_COUNT_KEYS, set_config_count
 
 METHOD = "moekit"
 VERSION = 1
@@ -38,20 +46,43 @@ class MoekitConfig(QuantizationConfigMixin):
         ValueError: The version is newer than this moekit, or an entry cannot be.
     """
 
-    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, version: int = VERSION, **_: Any) -> None:
+    def __init__(
+        self, layers: dict[str, dict[str, Any]] | None = None, version: int = VERSION, **_: Any
+    ) -> None:
         if version != VERSION:
-            raise ValueError(f"this checkpoint is of moekit format {version}; this moekit reads {VERSION}: update it")
-        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                f"this checkpoint is of moekit format {version}; this moekit reads {VERSION}: update it"
+            )
+        self.quant_method: Any = METHOD
         self.version = version
         self.layers = layers or {}
         for name, entry in self.layers.items():
-            experts, rows = entry.get("num_experts"), entry.get("num_router_rows")
-            if not (isinstance(experts, int) and isinstance(rows, int) and 1 <= experts <= rows):
-                raise ValueError(
-                    f"layer {name!r}: {experts} experts behind {rows} router rows; there must be 1 to {rows} experts"
-                )
-            if entry.get("router") not in ("full", "redirect", "logsumexp"):
-                raise ValueError(f"layer {name!r}: router={entry.get('router')!r} is not full, redirect or logsumexp")
+            _check_entry(name, entry)
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Refuse what `rebuild_layer` could not carry out, or could only carry out wrongly."""
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"layer {name!r}: {entry!r} is not an entry of num_experts, num_router_rows and router"
+        )
+    experts, rows, router = (entry.get(key) for key in ("num_experts", "num_router_rows", "router"))
+    if not (type(experts) is int and type(rows) is int and 1 <= experts <= rows):
+        raise ValueError(
+            f"layer {name!r}: {experts} experts behind {rows} router rows; there must be 1 to {rows} experts"
+        )
+    if router not in ("full", "redirect", "logsumexp"):
+        raise ValueError(f"layer {name!r}: router={router!r} is not full, redirect or logsumexp")
+    if router == "full" and experts != rows:
+        raise ValueError(
+            f"layer {name!r}: router='full' needs one row for each of {experts} experts, not {rows}"
+        )
+    rule = (entry.get("renormalises"), entry.get("scale"))
+    if router == "logsumexp" and not (type(rule[0]) is bool and type(rule[1]) in (int, float)):
+        raise ValueError(
+            f"layer {name!r}: router='logsumexp' needs renormalises=true or false and a number as scale, "
+            f"not {rule[0]!r} and {rule[1]!r}"
+        )
 
 
 @register_quantizer(METHOD)
@@ -59,21 +90,38 @@ class MoekitQuantizer(HfQuantizer):
     """Rebuilds the layers of a moekit checkpoint before its weights are loaded. Nothing is quantised."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        entries = dict(self.quantization_config.layers)  # pyright: ignore[reportAttributeAccessIssue]
         layers = {layer.name: layer for layer in expert_layers(model)}
-        for name, entry in entries.items():
+        for name, entry in self._entries.items():
             layer = _find(layers, name, model)
             rebuild_layer(layer, entry)
             # Switch's initialisation would visit as many experts as the config counts.
-            layer.block._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+            layer.block._is_hf_initialized = True
         return model
 
-    def is_serializable(self) -> bool:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        layers = {layer.name: layer for layer in expert_layers(model)}
+        for name in self._entries:
+            check_loaded(_find(layers, name, model))
+        level_router_logits(model, layers.values())
+        # These are ordinary weights: `model.float()` and Jamba's mixers ask, and must not hear otherwise.
+        quantised: Any = model
+        quantised.is_quantized = False
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        return model
+
+    @property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        config: Any = self.quantization_config
+        return config.layers
+
+    def is_serializable(self) -> Any:
         """`save_pretrained` writes it as it is."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         """All weights are ordinary parameters."""
         return True
 
@@ -90,17 +138,22 @@ class MoekitQuantizer(HfQuantizer):
 
 def _find(layers: dict[str, ExpertLayer], name: str, model: PreTrainedModel) -> ExpertLayer:
     """The layer of that name, also when a base model is loaded from a head model's checkpoint."""
-    for candidate in (name, f"{model.base_model_prefix}.{name}", name.removeprefix(f"{model.base_model_prefix}.")):
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, prefix + name, name.removeprefix(prefix)):
         if candidate in layers:
             return layers[candidate]
-    raise ValueError(f"the checkpoint's config names layer {name!r}; {type(model).__name__} has {sorted(layers)}")
+    raise ValueError(
+        f"the checkpoint's config names layer {name!r}; {type(model).__name__} has {sorted(layers)}"
+    )
 
 
 def rebuild_layer(layer: ExpertLayer, entry: dict[str, Any]) -> None:
     """Give a freshly built layer the shapes that a config entry says, with contents yet to be loaded."""
     num_experts, rows = entry["num_experts"], entry["num_router_rows"]
     if rows > layer.num_experts:
-        raise ValueError(f"layer {layer.name!r} is built with {layer.num_experts} experts; its entry needs {rows} rows")
+        raise ValueError(
+            f"layer {layer.name!r} is built with {layer.num_experts} experts; its entry needs {rows} rows"
+        )
     if rows < layer.num_experts:
         layer.remove_experts(range(rows), check=False)
     layer.storage.allocate(num_experts)
@@ -109,6 +162,41 @@ def rebuild_layer(layer: ExpertLayer, entry: dict[str, Any]) -> None:
         layer.set_expert_map(unknown)
     elif entry["router"] == "logsumexp":
         layer.set_expert_groups(unknown, renormalises=entry["renormalises"], scale=entry["scale"])
+
+
+def check_loaded(layer: ExpertLayer) -> None:
+    """Refuse a checkpoint that did not fill a layer; transformers only warns and draws random numbers.
+
+    Raises:
+        ValueError: A tensor of the experts or the router was not in the files, or a map points outside.
+    """
+    if is_deepspeed_zero3_enabled():
+        return  # which has parts of the tensors on each process
+    for part in (layer.experts_module, layer.router):
+        for name, tensor in part.state_dict(keep_vars=True).items():
+            if not getattr(tensor, "_is_hf_initialized", False) and tensor.device.type != "meta":
+                raise ValueError(f"the checkpoint lacks {name!r} of layer {layer.name!r}; it is damaged")
+    maps = (layer.expert_map, layer.router._buffers.get("expert_group"))
+    for indices in (m for m in maps if m is not None and m.device.type != "meta"):
+        if sorted(set(indices.tolist())) != list(range(layer.num_physical_experts)):
+            raise ValueError(
+                f"the checkpoint maps the experts of layer {layer.name!r} to {sorted(set(indices.tolist()))}, not "
+                f"to each of 0..{layer.num_physical_experts - 1}; it is damaged"
+            )
+
+
+def level_router_logits(model: PreTrainedModel, layers: Iterable[ExpertLayer]) -> None:
+    """Let layers that lost different numbers of router rows show logits of one width.
+
+    Transformers' load-balancing loss adds up the layers' probabilities and cannot take several widths.
+    """
+    columns = configured_experts(model.config)
+    for layer in layers:
+        is_cut = layer.router_mode == "full" and columns is not None and layer.num_experts < columns
+        if is_cut and layer.router_constraints.returns_choices:
+            set_logit_columns(layer.router, columns)
+        else:
+            set_logit_columns(layer.router, None)
 
 
 def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -120,7 +208,11 @@ def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         rows = layer.num_experts if group_of is None else len(group_of)
         if mode == "full" and rows == configured_experts(model.config):
             continue
-        entries[layer.name] = {"num_experts": layer.num_physical_experts, "num_router_rows": rows, "router": mode}
+        entries[layer.name] = {
+            "num_experts": layer.num_physical_experts,
+            "num_router_rows": rows,
+            "router": mode,
+        }
         if mode == "logsumexp":
             entries[layer.name] |= {
                 "renormalises": layer.router.group_renormalises,
@@ -131,7 +223,10 @@ def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 def configured_experts(config: Any) -> int | None:
     """The number of experts that the model's own config builds in every layer."""
-    for part in (config, *(getattr(config, n, None) for n in ("text_config", "ffn_config", "thinker_config"))):
+    for part in (
+        config,
+        *(getattr(config, n, None) for n in ("text_config", "ffn_config", "thinker_config")),
+    ):
         for key in EXPERT_COUNT_KEYS:
             if type(value := getattr(part, key, None)) is int:
                 return value
@@ -139,24 +234,26 @@ def configured_experts(config: Any) -> int | None:
 
 
 def update_expert_count(model: PreTrainedModel, old: int, new: int) -> None:
-    """Count `new` experts in the config and wherever a head model caches the number for its auxiliary loss."""
+    """Count `new` experts in the config and wherever a head model keeps the number for its auxiliary loss."""
     set_config_count(model.config, old, new)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module, "num_experts", None) == old:
-            module.num_experts = new
+            counting: Any = module
+            counting.num_experts = new
 
 
 def mark_form(model: PreTrainedModel) -> str:
     """Write into the model's config which form it has to be saved in: ``moekit`` or ``stock``."""
-    entries = layer_entries(model)
-    if entries:
+    level_router_logits(model, expert_layers(model))
+    marked: Any = model
+    if entries := layer_entries(model):
         config = MoekitConfig(layers=entries)
-        model.config.quantization_config = config
-        model.hf_quantizer = MoekitQuantizer(config)  # pyright: ignore[reportAttributeAccessIssue]
+        marked.config.quantization_config = config
+        marked.hf_quantizer = MoekitQuantizer(config)
         return "moekit"
-    if isinstance(getattr(model.config, "quantization_config", None), MoekitConfig):
-        del model.config.quantization_config
-        del model.hf_quantizer
+    if isinstance(getattr(marked.config, "quantization_config", None), MoekitConfig):
+        del marked.config.quantization_config
+        marked.hf_quantizer = None
     return "stock"
 
 
@@ -193,7 +290,9 @@ def _add_aliases(config: dict[str, Any]) -> None:
     if count is not None:
         for key in ("num_experts", "num_local_experts"):
             config.setdefault(key, count)
-        if "num_experts_per_tok" in config and config.get("model_type", "").startswith(("deepseek", "glm", "dots")):
+        if "num_experts_per_tok" in config and config.get("model_type", "").startswith(
+            ("deepseek", "glm", "dots")
+        ):
             config.setdefault("n_routed_experts", count)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:

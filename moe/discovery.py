@@ -13,10 +13,10 @@ from .storage import ExpertStorage, ModuleStorage, ParallelLinearStorage, find_s
 
 REFUSED = {
     "diffusion_gemma": "its encoder and its decoder share the very same experts but not their routing",
-    "ernie4_5_vl_moe": "its checkpoints keep the text and the vision experts of a layer in one list, which cannot "
-    "hold another number of the one than of the other",
-    "nllb-moe": "in transformers 5.23 its forward runs only experts 0 and 1 (the router's one-hot mask is one-hot "
-    "encoded again), so any figure of its experts would be wrong",
+    "ernie4_5_vl_moe": "its checkpoints keep the text and the vision experts of a layer in one list, which "
+    "cannot hold another number of the one than of the other",
+    "nllb-moe": "in transformers 5.23 its forward runs only experts 0 and 1 (the router's one-hot mask is "
+    "one-hot encoded again), so any figure of its experts would be wrong",
     "doge": "its experts are single rows of an embedding, chosen by product keys; there is nothing to merge",
     "vitpose_backbone": "its experts are chosen by data set, not by a router",
 }
@@ -51,8 +51,8 @@ def expert_layers(model: PreTrainedModel) -> list[ExpertLayer]:
         layers.append(_make_layer(block_name, block, module, storage, recorded, config))
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no routed experts: it is a dense model, or keeps its experts in a way that "
-            "moekit does not know (docs/families.md lists the families and how to add one)"
+            f"{type(model).__name__} has no routed experts: it is a dense model, or keeps its experts in a way "
+            "that moekit does not know (docs/families.md lists the families and how to add one)"
         )
     return layers
 

@@ -1,4 +1,4 @@
-"""The few families whose MoE layer does not call ``experts(hidden, expert_ids, weights)`` as the others do."""
+"""The few families whose MoE layer does not call ``experts(hidden, expert_ids, weights)`` as others do."""
 
 # T tokens, K active experts, E logical experts, M physical experts
 
@@ -38,7 +38,7 @@ class Llama4Layer(ExpertLayer):
     redirect_hook = staticmethod(redirect_scores)
 
     @property
-    def redirected_module(self) -> nn.Module:
+    def redirected_module(self) -> Any:
         """Llama-4's block reads the number of experts from the router's scores."""
         return self.router
 
@@ -47,8 +47,8 @@ class Llama4Layer(ExpertLayer):
         super().check_replacement(num_physical, expert_map)
         if self.top_k > 1 and num_physical < self.num_experts:
             raise ValueError(
-                f"layer {self.name!r} scales the input of an expert (Llama-4) and routes to top_k={self.top_k}: two "
-                "choices in one group cannot be folded exactly; use the stock form"
+                f"layer {self.name!r} scales the input of an expert (Llama-4) and routes to top_k={self.top_k}: "
+                "two choices in one group cannot be folded exactly; use the stock form"
             )
 
     def set_expert_map(self, expert_map: Sequence[int]) -> None:
@@ -105,7 +105,7 @@ class JetMoeLayer(ExpertLayer):
     redirect_hook = staticmethod(redirect_dispatch)
 
     @property
-    def redirected_module(self) -> nn.Module:
+    def redirected_module(self) -> Any:
         """The block reads the tokens of each expert from the router's sizes."""
         return self.router
 
@@ -118,14 +118,14 @@ class JetMoeLayer(ExpertLayer):
         top_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1)
         return ids_TK, top_TK.softmax(-1)
 
-    def remove_experts(self, keep: Sequence[int], *, check: bool = True) -> None:
+    def check_removal(self, keep: Sequence[int]) -> None:
         """Refuse fewer experts: the config's one count is that of the attention experts too."""
+        super().check_removal(keep)
         if len(keep) < self.num_experts:
             raise ValueError(
-                f"layer {self.name!r} (JetMoE) cannot be saved with fewer router rows: num_local_experts counts its "
+                f"layer {self.name!r} (JetMoE) cannot do with fewer router rows: num_local_experts counts its "
                 "attention experts too; use the moekit form with router='redirect'"
             )
-        super().remove_experts(keep, check=check)
 
     @contextmanager
     def observe(self, on_routed: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
@@ -148,7 +148,7 @@ class JetMoeLayer(ExpertLayer):
 
     @contextmanager
     def observe_outputs(self, on_outputs: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-        """Call ``on_outputs(expert_ids_TK, routing_weights_TK, outputs_TKD)`` after the second linear layer."""
+        """Call ``on_outputs(expert_ids_TK, routing_weights_TK, outputs_TKD)`` after the second layer."""
         routed: list[tuple[Tensor, Tensor]] = []
         orders: list[Tensor] = []
 
@@ -160,7 +160,7 @@ class JetMoeLayer(ExpertLayer):
 
         handles = [
             self.router.register_forward_hook(lambda module, args, output: orders.append(output[0])),
-            self.block.output_linear.register_forward_hook(after),  # pyright: ignore[reportCallIssue]
+            self.block.output_linear.register_forward_hook(after),
         ]
         try:
             with self.observe(lambda _, ids, weights: routed.append((ids, weights))):
@@ -175,8 +175,8 @@ class JetMoeLayer(ExpertLayer):
         order = physical.flatten().argsort(stable=True)
         sizes = physical.flatten().bincount(minlength=self.num_physical_experts).tolist()
         token = order // ids_TK.shape[1]
-        fused = self.block.input_linear(hidden_TD[token], sizes)  # pyright: ignore[reportCallIssue]
+        fused = self.block.input_linear(hidden_TD[token], sizes)
         gate, up = fused.chunk(2, dim=-1)
-        out = self.block.output_linear(self.block.activation(gate) * up, sizes)  # pyright: ignore[reportCallIssue]
+        out = self.block.output_linear(self.block.activation(gate) * up, sizes)
         out = out * weights_TK.flatten()[order].unsqueeze(1)
         return torch.zeros_like(hidden_TD).index_add(0, token, out)

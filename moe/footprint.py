@@ -57,7 +57,8 @@ def footprint(model: nn.Module, layers: Iterable[ExpertLayer]) -> Footprint:
     routers = tuple(prefixes[layer.router] + "." for layer in layers)
     experts = tuple(prefixes[layer.experts_module] + "." for layer in layers)
     blocks = tuple(layer.name + "." for layer in layers)
-    parameters, sizes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    parameters: dict[str, int] = dict.fromkeys(PARTS, 0)
+    sizes = parameters.copy()
     for name, tensor in stored_tensors(model).items():
         part = _part(name, routers, experts, blocks)
         if tensor.is_floating_point():

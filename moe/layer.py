@@ -3,7 +3,7 @@
 # T tokens, D hidden (model) width, E logical experts, M physical experts, K active experts
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .group_router import group_logits, set_group_router
-from .redirect import clear_expert_map, redirect, set_expert_map, skips_absent_experts
+from .redirect import clear_expert_map, redirect, set_expert_map, skip_absent_choices
 from .router import (
     RouterConstraints,
     read_constraints,
@@ -37,7 +37,7 @@ class Routing:
     """``[T, K]``."""
 
 
-class _Routed(Exception):
+class _RoutedError(Exception):
     """Leaves a block's forward once its routing is known."""
 
 
@@ -70,9 +70,10 @@ class ExpertLayer:
         logits_index: int | None = 0,
     ) -> None:
         self.name = name
-        self.block = block
-        self.experts_module = experts_module
-        self.router = router
+        # Any: nn.Module's __getattr__ hides what a family's own class has.
+        self.block: Any = block
+        self.experts_module: Any = experts_module
+        self.router: Any = router
         self.storage = storage
         self.config = config
         self.logits_index = logits_index
@@ -83,7 +84,7 @@ class ExpertLayer:
         return f"{type(self).__name__}({self.name!r}, {self.num_experts} experts{kept}, top-{self.top_k})"
 
     @property
-    def redirected_module(self) -> nn.Module:
+    def redirected_module(self) -> Any:
         """The module that carries the buffer `expert_map` and its hook."""
         return self.experts_module
 
@@ -169,9 +170,16 @@ class ExpertLayer:
 
         The outputs are those of single experts before weighting. The experts' own forward runs once, with
         every choice as a token of its own.
+
+        Raises:
+            ValueError: The layer is being observed already.
         """
         routed: list[tuple[Tensor, Tensor]] = []
         inner = self.experts_module.forward
+        # Accelerate sets a forward of its own on a module that it moves between devices.
+        own_forward = vars(self.experts_module).get("forward")
+        if getattr(own_forward, "observes_outputs", False):
+            raise ValueError(f"layer {self.name!r} is being recorded already; leave that context first")
 
         def forward(hidden_TD: Tensor, *_: Tensor) -> Tensor:
             ids_TK, weights_TK = self.as_choices(*routed.pop())
@@ -184,12 +192,16 @@ class ExpertLayer:
             on_outputs(ids_TK, weights_TK, outputs_TKD)
             return (outputs_TKD * weights_TK.unsqueeze(-1)).sum(1).to(hidden_TD.dtype).view(hidden_TD.shape)
 
+        forward.observes_outputs = True  # pyright: ignore[reportFunctionMemberAccess]
         with self.observe(lambda _, ids, weights: routed.append((ids, weights))):
             self.experts_module.forward = forward
             try:
                 yield
             finally:
-                del self.experts_module.forward
+                if own_forward is None:
+                    del self.experts_module.forward
+                else:
+                    self.experts_module.forward = own_forward
 
     def physical_choices(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Turn logical choices into what the experts' forward takes, past the hook that maps them."""
@@ -205,7 +217,7 @@ class ExpertLayer:
         if self.shows_probabilities:
             router_output_TE = router_output_TE.clamp_min(torch.finfo(router_output_TE.dtype).tiny).log()
         if self.router_mode == "logsumexp":
-            return group_logits(router_output_TE.float(), self.router.expert_group, self.num_experts)  # pyright: ignore
+            return group_logits(router_output_TE.float(), self.router.expert_group, self.num_experts)
         return router_output_TE[:, : self.num_experts]
 
     @cached_property
@@ -215,7 +227,7 @@ class ExpertLayer:
 
     @property
     def router_mode(self) -> str:
-        """``full``: E rows, E experts; ``redirect``: E rows over M experts; ``logsumexp``: M groups of E rows."""
+        """``full``: E rows, E experts; ``redirect``: E rows over M experts; ``logsumexp``: M groups of rows."""
         if "expert_group" in self.router._buffers:
             return "logsumexp"
         return "full" if self.expert_map is None else "redirect"
@@ -237,17 +249,15 @@ class ExpertLayer:
 
         def stop(hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
             routed.append((ids, weights))
-            raise _Routed
+            raise _RoutedError
 
         with self.observe(stop), self.observe_logits(logits.append):
             if self.block_is_decoder_layer:
                 _, weights, ids = self.router(hidden_TD)
                 routed.append((ids, weights))
             else:
-                try:
+                with suppress(_RoutedError):
                     self.block(hidden_TD.unsqueeze(0), **block_inputs)
-                except _Routed:
-                    pass
         ids, weights = routed[0]
         return Routing(logits[0] if logits else None, *self.as_choices(ids, weights))
 
@@ -269,18 +279,22 @@ class ExpertLayer:
         """
         if len(expert_map) != self.num_experts:
             raise ValueError(
-                f"expert_map has {len(expert_map)} entries for the {self.num_experts} experts of layer {self.name!r}"
+                f"expert_map has {len(expert_map)} entries for the {self.num_experts} experts of "
+                f"layer {self.name!r}"
             )
         if sorted(set(expert_map)) != list(range(num_physical)):
             raise ValueError(
-                f"expert_map of layer {self.name!r} points to the experts {sorted(set(expert_map))}; it must use "
-                f"each of 0..{num_physical - 1}"
+                f"expert_map of layer {self.name!r} points to the experts {sorted(set(expert_map))}; it must "
+                f"use each of 0..{num_physical - 1}"
             )
 
     def replace_experts(
         self, experts: Sequence[ExpertWeights], expert_map: Sequence[int], *, router: str = "redirect"
     ) -> None:
         """Put M new experts behind the router of E logical ones.
+
+        A merged layer can be merged again: its logical experts get a new map, which replaces the old one. The
+        logical experts of a layer that routes among groups are those groups; merging them joins the groups.
 
         Args:
             experts: The M experts; they may be views of the present ones.
@@ -289,17 +303,30 @@ class ExpertLayer:
                 the M groups by their exact softmax probability.
 
         Raises:
-            ValueError: The map does not fit, the experts have other shapes, or the router's rule has no
-                group probability.
+            ValueError: The map does not fit, the experts have other shapes, the router's rule has no group
+                probability, or `router` is neither. Nothing is changed then.
         """
         self.check_replacement(len(experts), expert_map)
-        if router == "logsumexp":
-            self.router_constraints.check_group_probability(self.name)
+        self._check_router_mode(router, is_identity=list(expert_map) == list(range(len(experts))))
+        if len(experts) == self.num_experts and self.router_mode != "logsumexp":
+            # Nothing is merged: in the router's own order they need no map.
+            experts, expert_map, router = [experts[i] for i in expert_map], range(len(experts)), "redirect"
         write_experts(self.storage, list(experts))
         if router == "logsumexp":
             self.set_expert_groups(expert_map, **self.router_constraints.group_rule)
         else:
             self.set_expert_map(expert_map)
+
+    def _check_router_mode(self, router: str, *, is_identity: bool) -> None:
+        if router not in ("redirect", "logsumexp"):
+            raise ValueError(f"router={router!r} is not 'redirect' or 'logsumexp' (layer {self.name!r})")
+        if router == "logsumexp":
+            self.router_constraints.check_group_probability(self.name)
+        elif self.router_mode == "logsumexp" and not is_identity:
+            raise ValueError(
+                f"layer {self.name!r} routes among groups already: its choice of groups cannot be "
+                "redirected; use router='logsumexp'"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -307,8 +334,11 @@ class ExpertLayer:
         return next(self.experts_module.parameters()).device
 
     def set_expert_groups(self, group_of_E: Sequence[int], *, renormalises: bool, scale: float) -> None:
-        """Route among M groups of the router's E rows."""
+        """Route among M groups of the router's E rows, or of the groups that they form already."""
+        clear_expert_map(self.redirected_module)
         groups = torch.tensor(list(group_of_E), dtype=torch.long, device=self.device)
+        if self.router_mode == "logsumexp":
+            groups = groups[self.router.expert_group]
         set_group_router(
             self.router, groups, num_groups=self.num_physical_experts, renormalises=renormalises, scale=scale
         )
@@ -321,10 +351,21 @@ class ExpertLayer:
         weightless = range(self.num_physical_experts, self.num_physical_experts + self._num_weightless)
         full = torch.tensor([*expert_map, *weightless], dtype=torch.long, device=self.device)
         set_expert_map(self.redirected_module, full, self.redirect_hook)
-        if skips_absent_experts(self.experts_module):
-            # Transformers' experts skip ids >= num_experts in this mode; folded duplicates are sent there.
-            self.experts_module._is_expert_parallel = True
-            self.experts_module.skips_absent_experts = True
+        skip_absent_choices(self.experts_module)
+
+    def check_removal(self, keep: Sequence[int]) -> None:
+        """Refuse what `remove_experts` could not do, before anything is touched.
+
+        Raises:
+            ValueError: As `remove_experts` says.
+        """
+        if self.router_mode == "logsumexp":
+            raise ValueError(
+                f"layer {self.name!r} routes among {self.num_experts} groups by several router rows each "
+                "(router='logsumexp'); there is no single row of a group to keep; use the moekit form"
+            )
+        sizes = {"num_experts": self.num_experts, "top_k": self.top_k}
+        self.router_constraints.check(keep, layer=self.name, **sizes)
 
     def remove_experts(self, keep: Sequence[int], *, check: bool = True) -> None:
         """Keep only some experts, and only their rows of the router: the stock form.
@@ -335,17 +376,16 @@ class ExpertLayer:
             check: Whether to ask the router's constraints; loading a checkpoint need not.
 
         Raises:
-            ValueError: Fewer than top-k, an expert twice or out of range, or a group-limited router whose
-                groups would differ in size.
+            ValueError: Fewer than top-k, an expert twice or out of range, a group-limited router whose
+                groups would differ in size, or a router of groups, which have several rows each.
         """
         if check:
-            sizes = {"num_experts": self.num_experts, "top_k": self.top_k}
-            self.router_constraints.check(keep, layer=self.name, **sizes)
+            self.check_removal(keep)
         present = self.experts()
         old_map = list(range(len(present))) if self.expert_map is None else self.expert_map.tolist()
         num_old = self.num_experts
         clear_expert_map(self.redirected_module)
         served = {old_map[e]: i for i, e in reversed(list(enumerate(keep)))}
-        new_ids = [served.get(old_map[e], 0) for e in range(num_old)]
+        new_ids = [served.get(old_map[e], e % len(keep)) for e in range(num_old)]
         write_experts(self.storage, [present[old_map[e]] for e in keep])
         reduce_router(self, num_old, list(keep), new_ids)

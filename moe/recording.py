@@ -9,10 +9,11 @@ computing anything twice, and are then weighted and added as before.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .discovery import expert_layers
@@ -20,83 +21,131 @@ from .layer import ExpertLayer
 from .statistics import LayerStatistics, RoutingStatistics
 
 
-class _Mask:
-    """The attention masks of the running forward: which of a layer's tokens count."""
+class _Masks:
+    """The attention masks of the running forwards: which of a layer's tokens count.
 
-    def __init__(self) -> None:
-        self.inputs: dict[str, Any] = {}
+    Every Transformers model on the way to a layer is watched. The innermost knows best: a decoder behind an
+    encoder is called with its own mask, under the same name.
+    """
 
-    def remember(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model."""
-        self.inputs = kwargs
+    def __init__(self, model: nn.Module) -> None:
+        self.models = [m for m in model.modules() if m is model or isinstance(m, PreTrainedModel)]
+        self.running: dict[nn.Module, Any] = {}
+        # Behind an encoder the outer model's `attention_mask` is that of the encoder.
+        self.ask_outer_models = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
-    def of(self, layer_name: str, num_tokens: int) -> Tensor | None:
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Keep track of the masks inside the context."""
+
+        def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = signature(module.forward).bind_partial(*args, **kwargs).arguments
+            self.running[module] = (bound | bound.get("kwargs", {})).get("attention_mask")
+
+        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.running.pop(module, None)
+
+        with ExitStack() as stack:
+            for model in self.models:
+                handle = model.register_forward_pre_hook(start, with_kwargs=True)
+                stack.callback(handle.remove)
+                stack.callback(model.register_forward_hook(stop, always_call=True).remove)
+            yield
+
+    def models_around(self, layer: ExpertLayer) -> list[nn.Module]:
+        """The models that a layer is part of, innermost first."""
+        return [m for m in reversed(self.models) if any(layer.block is part for part in m.modules())]
+
+    def of(self, layer: ExpertLayer, models: list[nn.Module], num_tokens: int) -> Tensor | None:
         """``[T]`` bool, or ``None`` when every token counts."""
-        in_decoder = "decoder_input_ids" in self.inputs and ".decoder." in f".{layer_name}"
-        mask = self.inputs.get("decoder_attention_mask" if in_decoder else "attention_mask")
-        if mask is None or mask.ndim != 2:
+        masks = [self.running[m] for m in models if m in self.running]
+        masks = [mask for mask in (masks if self.ask_outer_models else masks[:1]) if mask is not None]
+        readable = [mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2]
+        if not masks:
             return None
+        if not readable:
+            raise ValueError(
+                f"layer {layer.name!r}: recording needs the attention mask as [batch, length], to leave padding out; "
+                "a prepared mask of attention scores does not say it (generate: use the dynamic cache)"
+            )
         # With a key-value cache the mask also covers the past; only the last columns are being computed.
-        columns = num_tokens // mask.shape[0]
-        mask_T = mask[:, -columns:].flatten().bool() if columns else mask.new_empty(0).bool()
-        return mask_T if mask_T.numel() == num_tokens else None
+        mask = readable[0]
+        columns, rest = divmod(num_tokens, mask.shape[0])
+        if rest or columns > mask.shape[1]:
+            raise ValueError(
+                f"layer {layer.name!r} got {num_tokens} tokens, which an attention mask of shape {tuple(mask.shape)} "
+                "does not cover"
+            )
+        return mask[:, mask.shape[1] - columns :].flatten().bool()
 
 
 class _LayerRecorder:
     """Adds up one layer's statistics on the layer's own device."""
 
-    def __init__(self, layer: ExpertLayer, mask: _Mask) -> None:
+    def __init__(self, layer: ExpertLayer, masks: _Masks) -> None:
         self.layer = layer
-        self.mask = mask
+        self.masks = masks
+        self.models = masks.models_around(layer)
         self.sums = LayerStatistics.zeros(layer.num_experts, layer.hidden_size, layer.top_k)
-        device = next(layer.block.parameters()).device
         for name, tensor in self.sums.tensors.items():
-            setattr(self.sums, name, tensor.to(device))
-        self.entropy = torch.zeros((), dtype=torch.float64, device=device)
+            setattr(self.sums, name, tensor.to(layer.device))
+        self.entropy = torch.zeros((), dtype=torch.float64, device=layer.device)
 
-    @torch.no_grad()
+    @property
+    def is_running(self) -> bool:
+        """False while gradient checkpointing repeats a forward, whose tokens have been counted."""
+        return any(model in self.masks.running for model in self.models)
+
     def add_logits(self, logits_TE: Tensor) -> None:
         """Gram matrix and entropy of the router logits."""
-        mask_T = self.mask.of(self.layer.name, logits_TE.shape[0])
-        logits_TE = logits_TE.detach().float()
-        logits_TE = logits_TE if mask_T is None else logits_TE[mask_T.to(logits_TE.device)]
-        self.sums.logit_gram += (logits_TE.T @ logits_TE).double()
-        self.entropy += torch.special.entr(logits_TE.softmax(-1)).sum().double()
+        if not self.is_running:
+            return
+        mask_T = self.masks.of(self.layer, self.models, logits_TE.shape[0])
+        with torch.no_grad(), torch.autocast(logits_TE.device.type, enabled=False):
+            logits_TE = _at_least_float(logits_TE)
+            logits_TE = logits_TE if mask_T is None else logits_TE[mask_T.to(logits_TE.device)]
+            self.sums.logit_gram += logits_TE.T @ logits_TE
+            self.entropy += torch.special.entr(logits_TE.softmax(-1)).sum()
 
-    @torch.no_grad()
     def add_choices(self, ids_TK: Tensor, weights_TK: Tensor, outputs_TKD: Tensor) -> None:
         """Everything that is summed over the tokens of an expert."""
-        num_experts, sums = self.layer.num_experts, self.sums
-        num_tokens = ids_TK.shape[0]
-        mask_T = self.mask.of(self.layer.name, num_tokens)
+        if not self.is_running:
+            return
+        num_tokens = len(ids_TK)
+        mask_T = self.masks.of(self.layer, self.models, num_tokens)
         # A weight of 0 is a choice that was not served (over capacity); ids from E on have no weights.
-        real_TK = (weights_TK != 0) & (ids_TK < num_experts)
+        real_TK = (weights_TK != 0) & (ids_TK < self.layer.num_experts)
         if mask_T is not None:
             mask_T = mask_T.to(ids_TK.device)
             real_TK = real_TK & mask_T.unsqueeze(1)
             num_tokens = int(mask_T.sum())
-        sums.num_tokens += num_tokens
+        self.sums.num_tokens += num_tokens
+        bins_TK = torch.where(real_TK, ids_TK, self.layer.num_experts)
+        with torch.no_grad(), torch.autocast(ids_TK.device.type, enabled=False):
+            self._add_coactivation(bins_TK)
+            self._add_outputs(bins_TK.flatten(), weights_TK.flatten(), outputs_TKD.flatten(0, 1))
 
-        bins_TK = torch.where(real_TK, ids_TK, num_experts)
-        chosen_TE = torch.zeros(len(ids_TK), num_experts + 1, device=ids_TK.device).scatter_(1, bins_TK, 1.0)
-        chosen_TE = chosen_TE[:, :num_experts]
-        sums.coactivation += (chosen_TE.T @ chosen_TE).round().long()
-        bins_S, outputs_SD = bins_TK.flatten(), outputs_TKD.detach().flatten(0, 1)
-        norms_S = torch.linalg.vector_norm(outputs_SD, dim=-1, dtype=torch.float32).double()
-        weights_S = weights_TK.detach().flatten().double()
-        ones_S = torch.ones_like(bins_S)
+    def _add_coactivation(self, bins_TK: Tensor) -> None:
+        num_experts = self.layer.num_experts
+        chosen_TE = torch.zeros(len(bins_TK), num_experts + 1, device=bins_TK.device)
+        chosen_TE = chosen_TE.scatter_(1, bins_TK, 1.0)[:, :num_experts]
+        self.sums.coactivation += (chosen_TE.T @ chosen_TE).round().long()
 
-        def by_expert(values: Tensor) -> Tensor:
-            out = values.new_zeros(num_experts + 1, *values.shape[1:])
-            return out.index_add_(0, bins_S, values)[:num_experts]
-
-        sums.counts += by_expert(ones_S)
-        sums.routing_weight_sums += by_expert(weights_S)
-        sums.output_norm_sums += by_expert(norms_S)
-        sums.gated_output_norm_sums += by_expert(norms_S * weights_S)
-        sums.output_sums += by_expert(outputs_SD.float()).double()
+    def _add_outputs(self, bins_S: Tensor, weights_S: Tensor, outputs_SD: Tensor) -> None:
+        num_experts, sums = self.layer.num_experts, self.sums
+        outputs_SD = _at_least_float(outputs_SD)
+        norms_S = torch.linalg.vector_norm(outputs_SD, dim=-1).double()
+        weights_S = weights_S.double()
+        scalars_4S = torch.stack([torch.ones_like(norms_S), weights_S, norms_S, norms_S * weights_S])
+        scalars_4E = scalars_4S.new_zeros(4, num_experts + 1).index_add_(1, bins_S, scalars_4S)[:, :-1]
+        sums.counts += scalars_4E[0].long()
+        sums.routing_weight_sums += scalars_4E[1]
+        sums.output_norm_sums += scalars_4E[2]
+        sums.gated_output_norm_sums += scalars_4E[3]
+        summed_ED = outputs_SD.new_zeros(num_experts + 1, outputs_SD.shape[1])
+        sums.output_sums += summed_ED.index_add_(0, bins_S, outputs_SD)[:-1]
         highest_E = norms_S.new_zeros(num_experts + 1).scatter_reduce_(0, bins_S, norms_S, "amax")
-        sums.max_output_norm = torch.maximum(sums.max_output_norm, highest_E[:num_experts])
+        sums.max_output_norm = torch.maximum(sums.max_output_norm, highest_E[:-1])
 
     def finish(self) -> LayerStatistics:
         """The sums, on the CPU."""
@@ -106,15 +155,20 @@ class _LayerRecorder:
         return self.sums
 
 
+def _at_least_float(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @contextmanager
 def record_routing(
     model: PreTrainedModel, layers: list[ExpertLayer] | None = None
 ) -> Iterator[RoutingStatistics]:
     """Record the routing of everything that `model` computes inside the context.
 
-    The statistics are filled when the context ends. Positions whose ``attention_mask`` (for a decoder behind
-    an encoder: ``decoder_attention_mask``) is 0 do not count; with a key-value cache only new tokens do.
-    The model's output is the same up to the rounding of a different order of addition.
+    The statistics are filled when the context ends. Positions whose ``attention_mask`` is 0 do not count
+    (behind an encoder: ``decoder_attention_mask``; without it every position of the decoder counts); with a
+    key-value cache only new tokens do, and repeats by gradient checkpointing do not. The model's output is
+    the same up to the rounding of a different order of addition.
 
     Args:
         model: Any supported model, merged ones included (statistics are by logical expert).
@@ -123,16 +177,18 @@ def record_routing(
     Yields:
         Statistics by layer name. Layers that never ran (a vision tower on text) are left out.
 
+    Raises:
+        ValueError: A layer is being recorded already, or a mask does not say which positions are padding.
+
     *Departs from the idea of one pass* for Llama-4, whose experts see a scaled input: its "ungated" outputs
     are those of the scaled input.
     """
     layers = expert_layers(model) if layers is None else layers
     statistics = RoutingStatistics()
-    mask = _Mask()
-    recorders = [_LayerRecorder(layer, mask) for layer in layers]
-    handle = model.register_forward_pre_hook(mask.remember, with_kwargs=True)
+    masks = _Masks(model)
+    recorders = [_LayerRecorder(layer, masks) for layer in layers]
     with ExitStack() as stack:
-        stack.callback(handle.remove)
+        stack.enter_context(masks.watch())
         for recorder in recorders:
             stack.enter_context(recorder.layer.observe_logits(recorder.add_logits))
             stack.enter_context(recorder.layer.observe_outputs(recorder.add_choices))

@@ -9,11 +9,12 @@ layer does less work, exactly.
 # T tokens, K active experts, E logical experts, M physical experts
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def fold_duplicates(
@@ -32,18 +33,19 @@ def fold_duplicates(
     """
     same_TKK = expert_ids_TK.unsqueeze(2) == expert_ids_TK.unsqueeze(1)
     is_repeat_TK = same_TKK.tril(-1).any(-1)
-    summed_TK = (same_TKK.to(weights_TK.dtype) @ weights_TK.unsqueeze(2)).squeeze(2)
+    # Not a matmul: autocast would round the weights to bfloat16.
+    summed_TK = (same_TKK * weights_TK.unsqueeze(1)).sum(-1)
     return expert_ids_TK.masked_fill(is_repeat_TK, absent), summed_TK.masked_fill(is_repeat_TK, 0)
 
 
-def redirect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def redirect(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of an experts module called as ``(hidden, expert_ids, weights)``."""
     hidden, ids, weights = (*args, *kwargs.values())
     if ids.ndim == 3:  # Switch passes a one-hot mask [T, 1, E], all zeros for a token over capacity
-        return (hidden, _sum_by_group(ids, module.expert_map, len(module)), weights), {}  # pyright: ignore
-    ids = module.expert_map[ids]  # pyright: ignore[reportIndexIssue]
+        return (hidden, _sum_by_group(ids, module.expert_map, len(module)), weights), {}
+    ids = module.expert_map[ids]
     if ids.shape[-1] > 1 and getattr(module, "skips_absent_experts", False):
-        ids, weights = fold_duplicates(ids, weights, module.num_experts)  # pyright: ignore[reportArgumentType]
+        ids, weights = fold_duplicates(ids, weights, module.num_experts)
     return (hidden, ids, weights), {}
 
 
@@ -53,7 +55,7 @@ def _sum_by_group(values: Tensor, expert_map: Tensor, num_groups: int) -> Tensor
 
 
 def redirect_scores(
-    module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]
+    module: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Forward hook of Llama-4's router: ``(scores [T, E], logits)`` to ``(scores [T, M], logits)``.
 
@@ -61,21 +63,21 @@ def redirect_scores(
     group do not add.
     """
     scores, logits = output
-    return _sum_by_group(scores, module.expert_map, module.num_physical_experts), logits  # pyright: ignore
+    return _sum_by_group(scores, module.expert_map, module.num_physical_experts), logits
 
 
-def redirect_dispatch(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+def redirect_dispatch(module: Any, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward hook of JetMoE's router: sort its choices by physical instead of logical expert."""
     order, token, gates, sizes, logits = output
     ids = torch.arange(len(sizes), device=order.device).repeat_interleave(
         torch.tensor(sizes, device=order.device)
     )
-    physical, by_physical = module.expert_map[ids].sort(stable=True)  # pyright: ignore[reportIndexIssue]
-    counts = physical.bincount(minlength=module.num_physical_experts).tolist()  # pyright: ignore
+    physical, by_physical = module.expert_map[ids].sort(stable=True)
+    counts = physical.bincount(minlength=module.num_physical_experts).tolist()
     return order[by_physical], token[by_physical], gates[by_physical], counts, logits
 
 
-def skips_absent_experts(module: nn.Module) -> bool:
+def skips_absent_experts(module: Any) -> bool:
     """Whether this experts' forward passes over a choice of the id `num_experts`, and so can be spared work.
 
     Transformers' own implementations do once `_is_expert_parallel` is set; the family's eager loop is asked,
@@ -88,7 +90,7 @@ def skips_absent_experts(module: nn.Module) -> bool:
     stand_in._parameters = {
         name: torch.zeros((), dtype=p.dtype, device="cpu").expand(p.shape)
         for name, p in module.named_parameters(recurse=False)
-    }  # pyright: ignore[reportAttributeAccessIssue]
+    }
     ids_TK = torch.tensor([[module.num_experts]], device="cpu")
     zeros = torch.zeros(1, 1, device="cpu")  # named: checkpoints are loaded inside a meta device context
     try:
@@ -98,7 +100,7 @@ def skips_absent_experts(module: nn.Module) -> bool:
     return True
 
 
-def set_expert_map(module: nn.Module, expert_map: Tensor, hook) -> None:
+def set_expert_map(module: Any, expert_map: Tensor, hook: Callable[..., Any]) -> None:
     """Register or replace the buffer `expert_map` of `module`, and its hook once."""
     if "expert_map" in module._buffers:
         module.expert_map = expert_map
@@ -110,15 +112,24 @@ def set_expert_map(module: nn.Module, expert_map: Tensor, hook) -> None:
         module.register_forward_hook(hook)
 
 
-def clear_expert_map(module: nn.Module) -> None:
-    """Undo `set_expert_map`."""
+def skip_absent_choices(module: Any) -> None:
+    """Fold a token's equal choices from now on, where the experts' forward can be spared the repeats."""
+    if skips_absent_experts(module):
+        # Transformers' experts skip ids >= num_experts in this mode; folded duplicates are sent there.
+        module._is_expert_parallel = True
+        module.skips_absent_experts = True
+
+
+def clear_expert_map(module: Any) -> None:
+    """Undo `set_expert_map` and `skip_absent_choices`."""
     if "expert_map" not in module._buffers:
         return
     del module.expert_map
+    if getattr(module, "skips_absent_experts", False):
+        module._is_expert_parallel = False
+        del module.skips_absent_experts
     ours = (redirect, redirect_scores, redirect_dispatch)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in ours]:
             del hooks[key]
-    module._forward_pre_hooks_with_kwargs = {  # pyright: ignore[reportAttributeAccessIssue]
-        k: v for k, v in module._forward_pre_hooks_with_kwargs.items() if k in module._forward_pre_hooks
-    }
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

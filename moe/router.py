@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .storage import expert_counts
+
 if TYPE_CHECKING:
     from .layer import ExpertLayer
 
@@ -20,6 +22,9 @@ EXPERT_COUNT_KEYS = (
     "num_routed_experts",
 )
 """Config keys that count routed experts, in the spellings of all families."""
+
+CONFIG_PARTS = ("text_config", "ffn_config", "thinker_config")
+"""Parts of a composite config that may hold that count."""
 
 _TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk", "top_k_experts")
 _GROUP_NAMES = ("num_group", "n_group", "num_expert_group")
@@ -34,13 +39,15 @@ class RouterConstraints:
     renormalises: bool
     """Whether the weights of the K choices are scaled to a constant sum."""
     has_correction_bias: bool
-    """Whether a per-expert bias takes part in the choice."""
+    """Whether a per-expert bias takes part in the choice that is not in the logits (GPT-OSS's is)."""
     num_groups: int = 1
     """Groups of equal size among which the router first chooses; 1 when it does not."""
     topk_groups: int = 1
     """How many of them a token may use."""
     scale: float = 1.0
     """Constant factor of the weights (`routed_scaling_factor`)."""
+    returns_choices: bool = True
+    """Whether the router itself returns (logits, weights, ids), not its block or some other form of them."""
 
     @property
     def group_rule(self) -> dict[str, Any]:
@@ -48,11 +55,16 @@ class RouterConstraints:
         return {"renormalises": self.renormalises, "scale": self.scale}
 
     def check_group_probability(self, layer: str) -> None:
-        """Refuse routers whose choice is not by softmax alone.
+        """Refuse routers whose choice is not by softmax alone, or made outside of the router.
 
         Raises:
             ValueError: Says which rule the router has.
         """
+        if not self.returns_choices:
+            raise ValueError(
+                f"router='logsumexp' needs a router that returns (logits, weights, ids); layer {layer!r} has none "
+                "such; use router='redirect'"
+            )
         if self.scoring != "softmax" or self.has_correction_bias or self.num_groups > 1:
             raise ValueError(
                 f"router='logsumexp' needs a softmax router; layer {layer!r} has scoring={self.scoring!r}, "
@@ -80,15 +92,12 @@ class RouterConstraints:
         size = num_experts // self.num_groups
         new_size = len(keep) // self.num_groups
         groups = [e // size for e in keep]
-        if (
-            groups != [g for g in range(self.num_groups) for _ in range(new_size)]
-            or new_size * self.topk_groups < top_k
-        ):
+        fewest = max(min(size, 2), -(-top_k // self.topk_groups))  # a group's score is the sum of its top 2
+        if groups != [g for g in range(self.num_groups) for _ in range(new_size)] or new_size < fewest:
             raise ValueError(
                 f"layer {layer!r} routes within {self.num_groups} groups of {size} experts and uses "
                 f"{self.topk_groups} of them for a token; keep={list(keep)} must keep equally many of each "
-                f"group, in order, and at least {top_k} in {self.topk_groups} groups; the moekit form has no "
-                "such limit"
+                f"group, in order, and at least {fewest} of each; router='redirect' has no such limit"
             )
 
 
@@ -102,17 +111,13 @@ def router_top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
     return 1  # Switch's router is written for one choice and has no such setting
 
 
-def _router_tensors(layer: "ExpertLayer", num_experts: int) -> list[tuple[nn.Module, str, Tensor, int]]:
+def _router_tensors(layer: "ExpertLayer", num_experts: int) -> list[tuple[Any, str, Tensor, int]]:
     """Per-expert parameters and buffers of the router, and those that the block keeps for it.
 
     The first axis counts experts, possibly followed by choices without routed weights (LongCat's zero
     experts, Zaya's skip expert, Inkling's shared experts), which stay.
     """
-    totals = {num_experts}
-    for owner in (layer.router, *layer.router.children()):
-        for name, value in vars(owner).items():
-            if type(value) is int and value > num_experts and ("expert" in name or "class" in name):
-                totals.add(value)
+    totals = _router_totals(layer, num_experts)
     candidates = [(m, n, t) for m in layer.router.modules() for n, t in _own_tensors(m)]
     candidates += [(layer.block, n, t) for n, t in _own_tensors(layer.block) if "bias" in n]
     for child_name, child in layer.block.named_children():
@@ -120,6 +125,12 @@ def _router_tensors(layer: "ExpertLayer", num_experts: int) -> list[tuple[nn.Mod
             candidates += [(child, n, t) for n, t in _own_tensors(child)]
     axes = ((m, n, t, _expert_axis(t, totals)) for m, n, t in candidates)
     return [(m, n, t, axis) for m, n, t, axis in axes if axis is not None]
+
+
+def _router_totals(layer: "ExpertLayer", num_experts: int) -> set[int]:
+    """How many rows a per-expert tensor may have: E, or with the choices without routed weights."""
+    owners = (layer.router, *layer.router.children())
+    return {num_experts} | {n for o in owners for n in expert_counts(o).values() if n > num_experts}
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -144,7 +155,11 @@ def reduce_router(layer: "ExpertLayer", num_experts: int, keep: list[int], new_i
         keep: Kept experts, in their new order.
         new_ids: For each old expert, the new index that serves it (for tables that name experts).
     """
+    removed = num_experts - len(keep)
+    totals = _router_totals(layer, num_experts)
     for module, name, tensor, axis in _router_tensors(layer, num_experts):
+        if name == "weight" and hasattr(module, "out_features"):
+            module.out_features -= removed
         rows = torch.tensor([*keep, *range(num_experts, tensor.shape[axis])], device=tensor.device)
         cut = tensor.index_select(axis, rows)
         if isinstance(tensor, nn.Parameter):
@@ -154,11 +169,9 @@ def reduce_router(layer: "ExpertLayer", num_experts: int, keep: list[int], new_i
     table = layer.router._buffers.get("tid2eid")
     if table is not None:
         layer.router.tid2eid = torch.tensor(new_ids, device=table.device, dtype=table.dtype)[table]
-    removed = num_experts - len(keep)
     for module in (*layer.router.modules(), layer.block):
-        for name, value in list(vars(module).items()):
-            counts = "expert" in name or "class" in name or name == "out_features"
-            if type(value) is int and value >= num_experts and counts and "group" not in name:
+        for name, value in expert_counts(module).items():
+            if value in totals:
                 setattr(module, name, value - removed)
 
 
@@ -167,21 +180,32 @@ def set_config_count(config: Any, num_experts: int, new: int) -> None:
     for key in EXPERT_COUNT_KEYS:
         if getattr(config, key, None) == num_experts:
             setattr(config, key, new)
-    for part in ("text_config", "ffn_config", "thinker_config"):
+    for part in CONFIG_PARTS:
         if getattr(config, part, None) is not None:
             set_config_count(getattr(config, part), num_experts, new)
+
+
+def _first_int(owners: Sequence[Any], names: Sequence[str], default: int) -> int:
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((value for value in values if type(value) is int), default)
 
 
 def read_constraints(layer: "ExpertLayer") -> RouterConstraints:
     """Find out the router's rule by watching it route, not by its name."""
     owners = (layer.router, layer.block)
-    groups = next((v for o in owners for n in _GROUP_NAMES if type(v := getattr(o, n, None)) is int), 1)
-    topk_groups = next((v for o in owners if type(v := getattr(o, "topk_group", None)) is int), groups)
+    groups = _first_int(owners, _GROUP_NAMES, 1)
+    topk_groups = _first_int(owners, ("topk_group",), groups)
     tensors = _router_tensors(layer, layer.num_experts)
-    has_bias = any("bias" in name and t.numel() <= layer.num_experts + 8 for _, name, t, _ in tensors)
-    rule = _watch_rule(layer)
+    # One that is called plain "bias" belongs to a linear layer and so to the logits.
+    has_bias = any(
+        name.endswith("bias") or name.endswith("biases") for _, name, _, _ in tensors if name != "bias"
+    )
     return RouterConstraints(
-        has_correction_bias=has_bias, num_groups=max(groups, 1), topk_groups=max(topk_groups, 1), **rule
+        has_correction_bias=has_bias,
+        num_groups=max(groups, 1),
+        topk_groups=max(topk_groups, 1),
+        returns_choices=_returns_choices(layer),
+        **_watch_rule(layer),
     )
 
 
@@ -213,14 +237,29 @@ def _route_random_tokens(layer: "ExpertLayer") -> Any:
 
 
 @torch.no_grad()
+def _router_output(layer: "ExpertLayer") -> Any:
+    """The router's output for random tokens; ``None`` where it wants more than hidden states."""
+    if layer.device.type == "meta":
+        return None
+    try:  # not by calling the module: nobody who watches it must see this
+        return layer.router.forward(_random_tokens(layer))
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        return None
+
+
+def _returns_choices(layer: "ExpertLayer") -> bool:
+    output = _router_output(layer)
+    if not isinstance(output, tuple) or len(output) < 3 or not all(isinstance(o, Tensor) for o in output[:3]):
+        return False
+    _, weights, ids = output[:3]
+    return weights.shape == ids.shape and ids.shape[-1] == layer.top_k and not ids.is_floating_point()
+
+
 def router_shows_probabilities(layer: "ExpertLayer") -> bool:
     """Whether the router's first output already sums to 1 for every token."""
-    if layer.device.type == "meta":
+    output = _router_output(layer)
+    if output is None:
         return False
-    try:  # not by calling the module: nobody who watches it must see this
-        output = layer.router.forward(_random_tokens(layer))
-    except (TypeError, AttributeError, RuntimeError, IndexError):
-        return False  # a router that wants more than hidden states; none of these shows probabilities
     shown = output if isinstance(output, Tensor) else output[layer.logits_index or 0]
     shown_TE = shown.float().flatten(0, -2)
     return bool((shown_TE >= 0).all()) and bool((shown_TE.sum(-1) - 1).abs().max() < 1e-2)
@@ -241,8 +280,18 @@ def _watch_rule(layer: "ExpertLayer") -> dict[str, Any]:
             expected_TK = expected_TK / expected_TK.sum(-1, keepdim=True)
         ratio_TK = weights_TK / expected_TK.clamp_min(1e-12)
         if bool((ratio_TK / ratio_TK.mean() - 1).abs().max() < 2e-2):
-            return {"scoring": name, "renormalises": renormalises, "scale": round(float(ratio_TK.mean()), 5)}
+            scale = _nearest_scale(layer, float(ratio_TK.mean()))
+            return {"scoring": name, "renormalises": renormalises, "scale": scale}
     return {"scoring": "other", "renormalises": renormalises}
+
+
+def _nearest_scale(layer: "ExpertLayer", measured: float) -> float:
+    """The factor that the router, block or config says; what is measured in bfloat16 is not exact."""
+    named = [1.0, 1 / layer.top_k]
+    for owner in (layer.router, layer.block, layer.config):
+        named += [float(v) for n, v in vars(owner).items() if "scal" in n and type(v) in (int, float)]
+    nearest = min(named, key=lambda value: abs(value - measured))
+    return nearest if abs(nearest / measured - 1) < 1e-2 else round(measured, 5)
 
 
 @torch.no_grad()

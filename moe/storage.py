@@ -8,14 +8,19 @@ parallel linear layers (JetMoE).
 # E experts, M kept or merged experts, D hidden (model) width, F FFN width
 
 import copy
-from typing import Protocol
+import re
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from .weights import ExpertWeights
 
+# Not num_experts_per_tok, expert_capacity, expert_dim, zero_expert_num or n_shared_experts.
+_COUNT_NAME = re.compile(r"(num|n|total)_(?!shared)(\w*_)?(experts|classes)")
 
+
+@runtime_checkable
 class ExpertStorage(Protocol):
     """How one MoE layer keeps its experts."""
 
@@ -45,10 +50,15 @@ def _resized(parameter: nn.Parameter, rows: int) -> nn.Parameter:
     return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
 
 
+def expert_counts(module: nn.Module) -> dict[str, int]:
+    """The integer attributes of `module` that count routed experts, or what a router chooses among."""
+    return {n: v for n, v in vars(module).items() if type(v) is int and _COUNT_NAME.fullmatch(n)}
+
+
 def _set_counts(module: nn.Module, old: int, new: int) -> None:
     """Change the integer attributes of `module` that count its experts."""
-    for name, value in vars(module).items():
-        if type(value) is int and value == old and "expert" in name:
+    for name, value in expert_counts(module).items():
+        if value == old:
             setattr(module, name, new)
 
 
@@ -60,11 +70,11 @@ class FusedStorage:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
         self.has_gate: bool = getattr(module, "has_gate", hasattr(module, "gate_up_proj"))
         self.has_bias: bool = getattr(module, "has_bias", False)
         self.is_concatenated: bool = getattr(module, "is_concatenated", True)
-        up, down = getattr(module, self._up_name), module.down_proj
+        up, down = getattr(self.module, self._up_name), self.module.down_proj
         self.is_transposed: bool = getattr(module, "is_transposed", up.shape[2] != down.shape[1])
 
     @staticmethod
@@ -118,7 +128,7 @@ class ModuleStorage:
     """Experts as modules ``expert_0``, ``expert_1``, ... of two linear layers each (Switch, NLLB)."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -126,7 +136,7 @@ class ModuleStorage:
         return isinstance(module, nn.ModuleDict) and "expert_0" in module
 
     def __len__(self) -> int:
-        return len(self.module)  # pyright: ignore[reportArgumentType]
+        return len(self.module)
 
     def read(self, expert: int) -> ExpertWeights:
         """Views of one expert."""
@@ -153,7 +163,7 @@ class FlatStorage:
     """Experts as rows of flat matrices ``w1, v1, w2 [E * F, D]`` (DBRX): gate, up and transposed down."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -188,7 +198,7 @@ class ParallelLinearStorage:
     """Experts in two parallel linear layers, ``[E, 2F, D]`` and ``[E, D, F]`` (JetMoE)."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -215,9 +225,23 @@ class ParallelLinearStorage:
             _set_counts(linear, old, num_experts)
 
 
+def _shapes(expert: ExpertWeights) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in expert.named_tensors()}
+
+
 @torch.no_grad()
 def write_experts(storage: ExpertStorage, experts: list[ExpertWeights]) -> None:
-    """Make `storage` hold exactly `experts`, which may be views of what it holds now."""
+    """Make `storage` hold exactly `experts`, which may be views of what it holds now.
+
+    Raises:
+        ValueError: An expert has other tensors or other shapes; nothing is changed.
+    """
+    present = _shapes(storage.read(0))
+    for expert in experts:
+        if _shapes(expert) != present:
+            raise ValueError(
+                f"an expert of shapes {_shapes(expert)} does not fit a layer of experts {present}"
+            )
     storage.allocate(len(experts))
     for index, expert in enumerate(experts):
         storage.read(index).copy_(expert)

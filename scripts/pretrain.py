@@ -7,8 +7,6 @@ Domains are sampled by ``--domain-share`` (default: by size), because experts sp
 domains that a user cares about are really seen.
 """
 
-import gzip
-import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -16,14 +14,25 @@ from pathlib import Path
 
 import torch
 import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..moe.documents import load_documents
+from ..moe.trainer import MoETrainer
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
+END_ID, PAD_ID = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Train a small sparse Mixture-of-Experts language model, tokenizer included."""
 
-    data: Path
-    """Text, ``.jsonl`` or ``.jsonl.gz`` with ``text`` and, optionally, ``domain``."""
+    data: str
+    """Text, ``.jsonl``, ``.parquet`` or a ``datasets`` name, with ``text`` and, optionally, ``domain``."""
     out: Path
     """Folder of the finished checkpoint; Trainer's own checkpoints go to ``OUT/trainer``."""
     domain_share: dict[str, float] = field(default_factory=dict)
@@ -31,7 +40,7 @@ class PretrainConfig:
     steps: int = 5000
     """Optimizer steps."""
     batch_size: int = 16
-    """Sequences per step."""
+    """Sequences in each step."""
     seq_len: int = 256
     """Tokens per sequence."""
     vocab_size: int = 2048
@@ -45,25 +54,16 @@ class PretrainConfig:
     seed: int = 0
 
 
-def read_documents(path: Path) -> dict[str, list[str]]:
+def read_documents(source: str) -> dict[str, list[str]]:
     """Read the documents of each domain, in file order."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    documents = defaultdict(list)
-    with opener(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" in path.suffixes:
-            for line in file:
-                row = json.loads(line)
-                documents[row.get("domain", "text")].append(row["text"])
-        else:
-            documents["text"] = file.read().split("\n\n")
-    return dict(documents)
+    texts = defaultdict(list)
+    for document in load_documents(source):
+        texts[document.domain].append(document.text)
+    return dict(texts)
 
 
-def train_tokenizer(documents: dict[str, list[str]], vocab_size: int):
+def train_tokenizer(documents: dict[str, list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that splits digits one by one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -71,7 +71,7 @@ def train_tokenizer(documents: dict[str, list[str]], vocab_size: int):
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -79,9 +79,9 @@ def train_tokenizer(documents: dict[str, list[str]], vocab_size: int):
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|pad|>",
+        bos_token=SPECIAL_TOKENS[END_ID],
+        eos_token=SPECIAL_TOKENS[END_ID],
+        pad_token=SPECIAL_TOKENS[PAD_ID],
         model_max_length=1024,
     )
 
@@ -99,7 +99,9 @@ def domain_shares(sizes: dict[str, int], asked: dict[str, float]) -> dict[str, f
     return {d: asked.get(d, left * size / rest if rest else 0.0) for d, size in sizes.items()}
 
 
-def pack(tokens: dict[str, list[list[int]]], shares: dict[str, float], *, length: int, eos: int, seed: int):
+def pack(
+    tokens: dict[str, list[list[int]]], shares: dict[str, float], *, length: int, eos: int, seed: int
+) -> Tensor:
     """Concatenate documents, ended by `eos`, into one stream of `length` tokens that keeps the shares.
 
     The next document comes from the domain that lags most behind its share; a domain that is used up
@@ -120,13 +122,24 @@ def pack(tokens: dict[str, list[list[int]]], shares: dict[str, float], *, length
     return torch.tensor(stream[:length])
 
 
-def build_model(config: PretrainConfig, tokenizer):
-    """Build the untrained OLMoE."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+class TokenRows(Dataset[dict[str, Tensor]]):
+    """Rows of one long stream, each its own labels."""
 
+    def __init__(self, rows_NS: Tensor) -> None:
+        self.rows_NS = rows_NS
+
+    def __len__(self) -> int:
+        return len(self.rows_NS)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows_NS[index], "labels": self.rows_NS[index]}
+
+
+def build_model(config: PretrainConfig) -> OlmoeForCausalLM:
+    """Build the untrained OLMoE."""
     return OlmoeForCausalLM(
         OlmoeConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.expert_width,
             num_hidden_layers=config.num_layers,
@@ -138,32 +151,16 @@ def build_model(config: PretrainConfig, tokenizer):
             tie_word_embeddings=True,
             output_router_logits=True,
             router_aux_loss_coef=0.01,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=END_ID,
+            eos_token_id=END_ID,
+            pad_token_id=PAD_ID,
         )
     )
 
 
-def main(config: PretrainConfig) -> None:
-    """Train, then write the checkpoint in bfloat16 with its tokenizer."""
-    from transformers import TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from ..moe.trainer import MoETrainer
-
-    documents = read_documents(config.data)
-    tokenizer = train_tokenizer(documents, config.vocab_size)
-    tokens = {d: tokenizer(texts, add_special_tokens=False)["input_ids"] for d, texts in documents.items()}
-    shares = domain_shares({d: sum(map(len, docs)) for d, docs in tokens.items()}, config.domain_share)
-    length = config.steps * config.batch_size * config.seq_len
-    stream = pack(tokens, shares, length=length, eos=tokenizer.eos_token_id, seed=config.seed)
-    rows = stream.view(-1, config.seq_len)
-    del documents, tokens
-
-    set_seed(config.seed)
-    model = build_model(config, tokenizer)
-    arguments = TrainingArguments(
+def training_arguments(config: PretrainConfig) -> TrainingArguments:
+    """Adam with a cosine schedule, as small language models are trained."""
+    return TrainingArguments(
         output_dir=str(config.out / "trainer"),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -181,14 +178,26 @@ def main(config: PretrainConfig) -> None:
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
     )
-    folder = Path(arguments.output_dir)
-    MoETrainer(
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-    ).train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+
+def main(config: PretrainConfig) -> None:
+    """Train, resuming what was interrupted, then write the checkpoint in bfloat16 with its tokenizer."""
+    documents = read_documents(config.data)
+    tokenizer = train_tokenizer(documents, config.vocab_size)
+    tokens = {d: tokenizer(texts, add_special_tokens=False)["input_ids"] for d, texts in documents.items()}
+    shares = domain_shares({d: sum(map(len, docs)) for d, docs in tokens.items()}, config.domain_share)
+    length = config.steps * config.batch_size * config.seq_len
+    stream = pack(tokens, shares, length=length, eos=END_ID, seed=config.seed)
+    del documents, tokens
+
+    set_seed(config.seed)
+    model = build_model(config)
+    rows = TokenRows(stream.view(-1, config.seq_len))
+    trainer = MoETrainer(model=model, args=training_arguments(config), train_dataset=rows)
+    folder = config.out / "trainer"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     model.config.output_router_logits = False
-    model.to(torch.bfloat16).save_pretrained(config.out)
+    model.bfloat16().save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
 
 

@@ -1,0 +1,177 @@
+"""Text to routing statistics, in steps that an interrupted run need not repeat."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..compress.fidelity import evaluating, forward_arguments
+from ..moe.data import TokenBlocks, load_documents, split_blocks, token_blocks
+from ..moe.discovery import expert_layers
+from ..moe.layer import ExpertLayer
+from ..moe.recording import record_routing
+from ..moe.statistics import LayerStatistics, RoutingStatistics
+
+logger = logging.getLogger(__name__)
+
+STEPS = 16
+"""Parts of a calibration; at most one part's work is lost by an interruption."""
+DEFAULT_SEQ_LEN = 512
+MIN_EXPERTS_FOR_OUTLIERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Two parts of the data that share no block."""
+
+    calibration: TokenBlocks
+    held_out: TokenBlocks
+
+
+def sequence_length(asked: int | None, config: PreTrainedConfig) -> int:
+    """Tokens per sequence: as asked, else 512 or the model's context.
+
+    Raises:
+        ValueError: More than the model's context.
+    """
+    context = context_length(config)
+    if asked is None:
+        return DEFAULT_SEQ_LEN if context is None else min(DEFAULT_SEQ_LEN, context)
+    if context is not None and asked > context:
+        raise ValueError(f"--seq-len {asked} is more than the model's context of {context} tokens")
+    return asked
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Longest sequence that the model takes; None where its config sets no limit."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if type(length) is int else None
+
+
+def read_texts(
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    calibration_tokens: int,
+    eval_tokens: int,
+    seed: int,
+) -> Texts:
+    """Read, tokenise and split the data; where it is short of what was asked, both parts shrink alike.
+
+    Raises:
+        ValueError: No text, too little of it, or numbers that are not positive.
+    """
+    for flag, tokens in (("--calibration-tokens", calibration_tokens), ("--eval-tokens", eval_tokens)):
+        if tokens < seq_len:
+            raise ValueError(f"{flag} {tokens} is less than one sequence of {seq_len} tokens")
+    wanted = calibration_tokens + eval_tokens
+    documents = load_documents(data)
+    blocks = token_blocks(documents, tokenizer, seq_len=seq_len, max_tokens=wanted, seed=seed)
+    share = eval_tokens / wanted
+    held_out = min(eval_tokens, int(share * len(blocks) * seq_len)) or 1
+    return Texts(*split_blocks(blocks, held_out_tokens=held_out, seed=seed))
+
+
+def calibrate(
+    model: PreTrainedModel, blocks: TokenBlocks, folder: Path, *, batch_size: int, progress: bool
+) -> RoutingStatistics:
+    """Record how a model routes, and keep the sums so far in a folder.
+
+    The order of the additions is that of the blocks, so an interrupted and resumed calibration gives the same
+    numbers, bit for bit, as one that was not.
+
+    Args:
+        model: The model.
+        blocks: What it reads.
+        folder: Where the sums are kept; what an earlier run with the same settings left there is used.
+        batch_size: Blocks at a time.
+        progress: Show a progress bar.
+    """
+    num_batches = -(-len(blocks) // batch_size)
+    size = batch_size * -(-num_batches // STEPS)
+    starts = range(0, len(blocks), size)
+    done, statistics = _resume(folder, len(starts))
+    if done:
+        logger.warning("going on after step %d of %d of the calibration", done, len(starts))
+    layers = expert_layers(model)
+    with tqdm(
+        total=len(blocks), desc="calibrating", unit="seq", disable=not progress, initial=done * size
+    ) as bar:
+        for step in range(done, len(starts)):
+            part = blocks.select(range(starts[step], min(starts[step] + size, len(blocks))))
+            statistics = statistics + record(model, layers, part, batch_size)
+            _keep(folder, statistics, step + 1)
+            bar.update(len(part))
+    return RoutingStatistics(layers=statistics.layers, fingerprint={"data": blocks.fingerprint})
+
+
+def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Arguments of a forward pass; an encoder-decoder reads half of each block and continues it."""
+    arguments, _, counts = forward_arguments(model, batch)
+    if model.config.is_encoder_decoder:
+        arguments["decoder_attention_mask"] = counts.long()
+    return arguments
+
+
+def even_statistics(layers: list[ExpertLayer]) -> RoutingStatistics:
+    """Statistics of a model that uses all experts alike, to try out a plan before anything was measured."""
+    statistics = RoutingStatistics()
+    for layer in layers:
+        even = LayerStatistics.zeros(layer.num_experts, layer.hidden_size, layer.top_k)
+        even.num_tokens = layer.num_experts
+        even.counts += layer.top_k
+        even.logit_gram += torch.eye(layer.num_experts, dtype=torch.float64)
+        statistics.layers[layer.name] = even
+    return statistics
+
+
+def record(
+    model: PreTrainedModel,
+    layers: list[ExpertLayer],
+    blocks: TokenBlocks,
+    batch_size: int,
+    *,
+    progress: bool = False,
+) -> RoutingStatistics:
+    """Record how a model routes some blocks, at one go."""
+    total = -(-len(blocks) // batch_size)
+    batches = tqdm(blocks.batches(batch_size), "routing", total=total, unit="batch", disable=not progress)
+    with evaluating(model), record_routing(model, layers) as statistics:
+        for batch in batches:
+            model(**model_inputs(model, batch))
+    return statistics
+
+
+def outlier_experts(statistics: RoutingStatistics) -> dict[str, list[int]]:
+    """Super experts by layer; none in a small model, where some expert always has the largest outputs."""
+    num_experts = sum(layer.num_experts for layer in statistics.layers.values())
+    return statistics.super_experts() if num_experts >= MIN_EXPERTS_FOR_OUTLIERS else {}
+
+
+def _kept(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Sums that were kept, the furthest first."""
+    for path in sorted(folder.glob("calibration-*.safetensors"), reverse=True):
+        yield int(path.stem.rpartition("-")[2]), path
+
+
+def _resume(folder: Path, num_steps: int) -> tuple[int, RoutingStatistics]:
+    for step, path in _kept(folder):
+        try:
+            if step <= num_steps:
+                return step, RoutingStatistics.load(path)
+        except ValueError as error:
+            logger.warning("%s", error)
+    return 0, RoutingStatistics()
+
+
+def _keep(folder: Path, statistics: RoutingStatistics, step: int) -> None:
+    statistics.save(folder / f"calibration-{step:04d}.safetensors")
+    for earlier, path in _kept(folder):
+        if earlier < step:
+            path.unlink()

@@ -1,0 +1,140 @@
+"""Look at a checkpoint's files before anything is loaded: are they there, whole, and safe to read?
+
+Needs no torch. A `.safetensors` file starts with the length of its header (8 bytes, little-endian) and the
+header, a JSON table of each tensor's place; so a few kilobytes tell how long the file must be.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LENGTH_BYTES = 8
+MAX_HEADER = 100_000_000
+"""Longest header that the format allows, bytes."""
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no whole safetensors checkpoint.
+
+    Raises:
+        ValueError: No config, no weights, pickled weights only, or a shard that is missing, truncated or not
+            a safetensors file; says which and what to do.
+    """
+    read_config(folder)
+    for shard in weight_files(folder):
+        check_shard(shard)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of `config.json`.
+
+    Raises:
+        ValueError: There is none, or it is not a JSON table.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it holds a PEFT adapter: merge it into its model first (`merge_and_unload`)"
+        raise ValueError(f"'{folder}' has no config.json: it is not a Transformers checkpoint{hint}")
+    return _read_table(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that `from_pretrained` would read.
+
+    Raises:
+        ValueError: There are none, or the index is damaged or names files that are not there.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(_no_weights(folder))
+    weight_map = _read_table(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"'{index}' has no weight_map: it is damaged, download it again")
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise ValueError(
+            f"{len(missing)} of the {len(shards)} shards of '{folder}' are missing, {missing[0]} the first; "
+            "download the checkpoint again"
+        )
+    return shards
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    if not pickled:
+        return f"'{folder}' has a config.json but no weights: there is no {SINGLE_FILE} and no {INDEX_FILE}"
+    return (
+        f"'{folder}' holds its weights as a pickle only ({pickled[0]}), and loading a pickle runs whatever "
+        f"code is in it; moekit reads safetensors alone. If you trust the file, convert it once: "
+        f"model = AutoModelForCausalLM.from_pretrained('{folder}'); model.save_pretrained('{folder}')"
+    )
+
+
+def check_shard(path: Path) -> None:
+    """Refuse a file that is shorter than its header says.
+
+    Raises:
+        ValueError: It is truncated, a Git LFS pointer, or no safetensors file.
+    """
+    end = LENGTH_BYTES + sum(_header_and_data_size(path))
+    size = path.stat().st_size
+    if size < end:
+        raise ValueError(
+            f"'{path}' is truncated: it has {size:,} of {end:,} bytes; download or copy it again"
+        )
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of all tensors in a folder's weight files, headers not counted."""
+    return sum(_header_and_data_size(path)[1] for path in weight_files(folder))
+
+
+def _header_and_data_size(path: Path) -> tuple[int, int]:
+    """Length of the header and of the tensors behind it, as the header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(LENGTH_BYTES)
+        if start.startswith(b"version "[:LENGTH_BYTES]):
+            raise ValueError(
+                f"'{path}' is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
+            )
+        length = int.from_bytes(start, "little")
+        if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
+            if length > MAX_HEADER:
+                raise ValueError(f"'{path}' is not a safetensors file")
+            raise ValueError(
+                f"'{path}' is truncated: it ends within its header, after {size:,} bytes; download it again"
+            )
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"'{path}' is not a safetensors file: its header cannot be read") from error
+    return length, max(ends, default=0)
+
+
+def files_fingerprint(folder: Path) -> str:
+    """Hash of the names, sizes and times of change of a folder's config, weights and tokenizer."""
+    patterns = ("*.json", "*.safetensors", "*.model", "*.txt")
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"'{path}' is not valid JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"'{path}' holds a {type(table).__name__}, not a JSON table")
+    return table

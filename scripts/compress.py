@@ -1,0 +1,203 @@
+"""`moekit compress`: from a checkpoint to a smaller one, checked, with a report of what was lost."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..compress.apply import apply_plan
+from ..compress.methods import METHODS
+from ..compress.plan import CompressionPlan
+from ..compress.report import write_report
+from ..moe.checkpoint import save_checkpoint
+from ..moe.data import TokenBlocks
+from ..moe.discovery import expert_layers
+from ..moe.footprint import footprint
+from ..moe.layer import ExpertLayer
+from ..moe.statistics import RoutingStatistics
+from .calibrate import calibrate, even_statistics
+from .checkpoint_files import tensor_bytes
+from .console import is_interactive, show, step, warn
+from .load import load_model
+from .measure import Measurements, measure
+from .options import CompressOptions
+from .prediction import predict_footprint
+from .prepare import Job, planner_options, prepare
+from .record import (
+    Run,
+    find_warnings,
+    report_content,
+    summary_table,
+    versions,
+    write_model_card,
+    write_run_file,
+)
+from .staging import Staging, staged_folder
+from .verify import verify_reload
+
+PLAN_FILE = "plan.json"
+CARRIED_OVER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files of the original that belong to the result unchanged."""
+
+
+def run(options: CompressOptions) -> Path | None:
+    """Compress a checkpoint.
+
+    Returns:
+        The folder that was made; None when only a plan was.
+
+    Raises:
+        ValueError: Something that was asked for cannot be, in almost all cases before any work.
+        DiskFullError: There is no room for the result.
+    """
+    torch.manual_seed(options.seed)
+    job = prepare(options)
+    if options.plan_only:
+        _only_plan(job)
+        return None
+    assert options.out is not None
+    with staged_folder(options.out, _fingerprint(job)) as staging:
+        finished = _compress(job, staging)
+    show(summary_table(finished))
+    for warning in finished.warnings:
+        warn(warning)
+    if options.report:
+        show(f"report: {options.out / 'report.html'}")
+    show(f"model:  {options.out}")
+    return options.out
+
+
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """What the work depends on: the same again means that it may be gone on with."""
+    texts = {"calibration": job.texts.calibration.fingerprint, "held out": job.texts.held_out.fingerprint}
+    plan = None if job.plan is None else job.plan.hash
+    settings = {key: value for key, value in vars(job.options).items() if key not in ("out", "debug")}
+    return {
+        **settings,
+        "model files": job.source.fingerprint,
+        "texts": texts,
+        "plan": plan,
+        "versions": versions(),
+    }
+
+
+def _only_plan(job: Job) -> None:
+    """Make a plan, show it, and save it if a place was named."""
+    model, layers = _load(job)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = make_plan(job, layers, _calibrate(job, model, Path(folder)))
+    show(plan.summary())
+    out = job.options.out
+    if out is None:
+        show(plan.to_json())
+        return
+    path = plan.save(out if out.suffix == ".json" else out / PLAN_FILE)
+    show(f"plan: {path} (edit it if you like, then give it to --plan)")
+
+
+def _load(job: Job) -> tuple[PreTrainedModel, list[ExpertLayer]]:
+    """The model, once its routers were asked whether they can do what is planned."""
+    step(f"Loading {job.source.name}")
+    model = load_model(job.source, dtype=job.options.dtype, device=job.options.device)
+    layers = expert_layers(model)
+    if job.plan is not None:
+        job.plan.validate_against(layers)
+    else:
+        said = planner_options(job.options)
+        said.pop("similarity", None)  # all of a layer's weights, for "weights": too much for a trial
+        METHODS[job.options.method](layers, even_statistics(layers), **said)
+    return model, layers
+
+
+def _calibrate(job: Job, model: PreTrainedModel, folder: Path) -> RoutingStatistics:
+    blocks = job.texts.calibration
+    step(f"Recording the routing of {blocks.num_tokens:,} tokens")
+    return calibrate(model, blocks, folder, batch_size=job.options.batch_size, progress=is_interactive())
+
+
+def make_plan(job: Job, layers: list[ExpertLayer], statistics: RoutingStatistics) -> CompressionPlan:
+    """The user's plan, or a new one."""
+    if job.plan is not None:
+        return job.plan
+    return METHODS[job.options.method](layers, statistics, **planner_options(job.options))
+
+
+def _compress(job: Job, staging: Staging) -> Run:
+    """Do the work within the hidden folder."""
+    options, output = job.options, staging.output
+    model, layers = _load(job)
+    statistics = _calibrate(job, model, staging.work)
+    plan = make_plan(job, layers, statistics)
+    before, after = footprint(model, layers), predict_footprint(model, plan)
+    staging.reserve(after.total_bytes)
+    step(f"Merging {sum(p.num_experts for p in plan.layers)} experts into {plan.actual_experts}")
+    merging = apply_plan(model, plan, progress=is_interactive())
+    step("Writing the checkpoint and reading it back")
+    form = save_checkpoint(model, output, max_shard_size=options.max_shard_size)
+    _carry_over(job.source.folder, output)
+    plan.save(output / PLAN_FILE)
+    statistics.save(output)
+    reloaded, difference = verify_reload(model, output, job.texts.held_out)
+    name = type(model).__name__
+    del model, layers
+    written = tensor_bytes(output)
+    warnings = find_warnings(plan, statistics)
+    if written != after.total_bytes:
+        warnings.append(f"the tensors on disk take {written:,} bytes; {after.total_bytes:,} were foretold")
+    finished = Run(
+        options=options,
+        model_class=name,
+        plan=plan,
+        statistics=statistics,
+        form=form,
+        before=before,
+        after=after,
+        written_bytes=written,
+        merging=merging,
+        reload_difference=difference,
+        measured=_measure(job, reloaded) if options.report else None,
+        data=job.data,
+        warnings=tuple(warnings),
+    )
+    if options.report:
+        write_report(output, report_content(finished))
+    write_run_file(finished, output)
+    write_model_card(finished, output)
+    return finished
+
+
+def _measure(job: Job, compressed: PreTrainedModel) -> Measurements:
+    """Compare with the original, loaded once more."""
+    blocks: TokenBlocks = job.texts.held_out
+    step(f"Comparing with the original on {blocks.num_tokens:,} held-out tokens")
+    options = job.options
+    return measure(
+        load_model(job.source, dtype=options.dtype, device=options.device),
+        compressed,
+        job.tokenizer,
+        blocks,
+        batch_size=options.batch_size,
+        answer_marker=options.answer_marker.replace("\\n", "\n"),
+        progress=is_interactive(),
+    )
+
+
+def _carry_over(source: Path, output: Path) -> None:
+    """Copy the tokenizer and what else stays as it was."""
+    for path in sorted({path for pattern in CARRIED_OVER for path in source.glob(pattern)}):
+        if path.is_file():
+            shutil.copyfile(path, output / path.name)

@@ -1,0 +1,145 @@
+"""The options of every command: plain data, read from the command line before anything heavy is imported."""
+
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+# Without a hint of their own, options that may be left out would be shown as "{None}|PATH (default: None)".
+Model = Positional[Annotated[str, arg(metavar="MODEL")]]
+OptionalText = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")]
+Integers = Annotated[tuple[int, ...], arg(metavar="INT ...", help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """What every command understands."""
+
+    debug: bool = False
+    """Show the traceback of an error (so does MOEKIT_DEBUG=1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(CommonOptions):
+    """Show what a checkpoint holds, how it routes, and what compression would save."""
+
+    model: Model
+    """Folder or hub id of a Mixture-of-Experts checkpoint."""
+    data: OptionalText = None
+    """Text whose routing to record: a .txt, .jsonl or .parquet file, a folder, or a `datasets` name."""
+    json: OptionalPath = None
+    """Also write everything shown to this file."""
+    report: OptionalPath = None
+    """Also write pictures of load and similarity into this folder; needs --data."""
+    load_weights: bool = True
+    """Whether to read the weights. Without them any size is inspected at once, but no router's rule known."""
+    seq_len: OptionalInt = None
+    """Tokens per sequence; 512, or less where the model's context is shorter."""
+    tokens: int = 65536
+    """Most tokens of the data to run."""
+    batch_size: int = 8
+    """Sequences at a time."""
+    min_tokens: int = 32
+    """Experts that fewer tokens chose are listed as judged on too few."""
+    dtype: Dtype = "auto"
+    """Of the weights in memory; auto is the checkpoint's own."""
+    device: OptionalText = None
+    """Such as cpu or cuda:0; by default the accelerator, if there is one."""
+    seed: int = 0
+    """Of the choice of the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(CommonOptions):
+    """Make a checkpoint with fewer experts, and a report of what was lost.
+
+    A run that was interrupted goes on where it was when the same command is given again.
+    """
+
+    model: Model
+    """Folder or hub id of a Mixture-of-Experts checkpoint."""
+    out: OptionalPath = None
+    """Folder to make, which may not exist yet or be empty. With --plan-only, a folder or .json file."""
+    experts: OptionalInt = None
+    """Experts to keep in each layer (on average, for --grouping adaptive). Or --ratio, or --plan."""
+    ratio: OptionalFloat = None
+    """Share of the experts to keep, in (0, 1]."""
+    plan: OptionalPath = None
+    """Carry out this plan, perhaps edited, instead of making one."""
+    plan_only: bool = False
+    """Make and show the plan, and stop."""
+    method: Literal["m-smoe", "frequency"] = "m-smoe"
+    """m-smoe merges groups of experts; frequency keeps the most used and drops the others."""
+    grouping: Literal["auto", "adaptive", "uniform", "random"] = "auto"
+    """How many experts each layer keeps. auto: adaptive for m-smoe in the moekit form, else uniform."""
+    similarity: Literal["auto", "router-logits", "weights", "outputs"] = "auto"
+    """Which experts count as alike: router-logits unless said otherwise."""
+    weighting: Literal["auto", "frequency", "equal"] = "auto"
+    """What the members of a group weigh: their use (frequency) unless said otherwise."""
+    alignment: Literal["auto", "weights", "none"] = "auto"
+    """Whether neurons are matched before experts are added: yes (weights) unless said otherwise."""
+    reference: Literal["auto", "dominant", "first"] = "auto"
+    """Whose neuron order they take: the most used expert's (dominant) unless said otherwise."""
+    router: Literal["auto", "redirect", "slice", "mean", "logsumexp"] = "auto"
+    """What becomes of the routers. auto: redirect for m-smoe in the moekit form, else slice."""
+    form: Literal["moekit", "stock"] = "moekit"
+    """moekit holds any plan exactly and loads after `import moekit.moe`; stock loads without moekit."""
+    exclude_layers: Integers = ()
+    """MoE layers to leave as they are, counted from 0."""
+    data: OptionalText = None
+    """Text to calibrate and judge on: a .txt, .jsonl or .parquet file, a folder, or a `datasets` name."""
+    seq_len: OptionalInt = None
+    """Tokens per sequence; 512, or less where the model's context is shorter."""
+    calibration_tokens: int = 65536
+    """Most tokens to record the routing on."""
+    eval_tokens: int = 32768
+    """Most tokens, none of them among the former, to judge the result on."""
+    batch_size: int = 8
+    """Sequences at a time."""
+    seed: int = 0
+    """Of the choice of the text, and of random groups."""
+    dtype: Dtype = "auto"
+    """Of the weights, in memory and in the result; auto is the checkpoint's own."""
+    device: OptionalText = None
+    """Such as cpu or cuda:0; by default the accelerator, if there is one."""
+    answer_marker: str = "\\nA:"
+    """What stands before the answer in question-answer documents, which are scored; \\n is a line break."""
+    report: bool = True
+    """Whether to compare the result with the original and write report.html."""
+    max_shard_size: str = "5GB"
+    """Largest file of weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(CommonOptions):
+    """Compress the small model that comes with moekit to half its experts."""
+
+    out: Path = Path("moekit-demo")
+    """Folder of the result; an earlier demo there is replaced."""
+
+
+def command_line(command: str, options: CommonOptions) -> str:
+    """The command that gives these options, those at their defaults left out."""
+    words = ["moekit", command]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if field.name == "model":
+            words.append(value)
+        elif value != field.default and field.name != "debug":
+            values = value if isinstance(value, tuple) else [value]
+            words += (
+                ["--no-" + flag[2:]]
+                if value is False
+                else [flag]
+                if value is True
+                else [flag, *map(str, values)]
+            )
+    return shlex.join(words)

@@ -1,0 +1,251 @@
+"""What a finished run leaves behind for people and programs: report, run.json, model card, the last table."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..compress.plan import CompressionPlan
+from ..compress.report_content import Comparison, DomainRow, LayerReport, ReportContent, verdict
+from ..moe.footprint import PARTS, Footprint
+from ..moe.statistics import RoutingStatistics
+from .calibrate import outlier_experts
+from .console import megabytes, millions, table
+from .measure import Measurements
+from .options import CompressOptions, command_line
+
+MIN_TOKENS = 32
+"""Experts that fewer calibration tokens chose are reported as judged on too few."""
+RUN_FILE = "run.json"
+FORMAT = "moekit.run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished compression."""
+
+    options: CompressOptions
+    model_class: str
+    plan: CompressionPlan
+    statistics: RoutingStatistics
+    form: str
+    """Of the checkpoint as written: a plan that changes nothing needs no moekit form."""
+    before: Footprint
+    after: Footprint
+    written_bytes: int
+    """Of the tensors on disk."""
+    merging: dict[str, dict[str, Any]]
+    """By layer, from `apply_plan`."""
+    reload_difference: float
+    """Largest relative difference of logits between the model in memory and the one read back."""
+    measured: Measurements | None
+    data: str
+    warnings: tuple[str, ...]
+
+    @property
+    def experts(self) -> tuple[int, int]:
+        """Of all layers, before and after."""
+        return sum(layer.num_experts for layer in self.plan.layers), self.plan.actual_experts
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the result depends on."""
+    names = ("moekit", "torch", "transformers", "safetensors", "numpy", "scipy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def find_warnings(plan: CompressionPlan, statistics: RoutingStatistics) -> list[str]:
+    """What a reader must know before trusting the result."""
+    found = list(plan.notes)
+    few = sum(len(experts) for experts in statistics.coverage(MIN_TOKENS).values())
+    if few:
+        total = sum(layer.num_experts for layer in statistics.layers.values())
+        found.append(
+            f"{few} of {total} experts were chosen by fewer than {MIN_TOKENS} calibration tokens, too few to "
+            "judge them by; give more data or more --calibration-tokens"
+        )
+    super_experts = outlier_experts(statistics)
+    for layer in plan.layers:
+        alone = {group.experts[0] for group in layer.groups if len(group.experts) == 1}
+        if lost := [e for e in super_experts.get(layer.name, []) if e not in alone]:
+            found.append(
+                f"experts {lost} of layer {layer.name!r} have outputs that dwarf all others (super experts), "
+                "and the plan merges or removes them; that may ruin the model"
+            )
+    return found
+
+
+def layer_reports(plan: CompressionPlan, statistics: RoutingStatistics) -> list[LayerReport]:
+    """Load, similarity and groups of each layer."""
+    reports = []
+    for layer in plan.layers:
+        known = statistics.layers.get(layer.name)
+        measured: dict[str, Any] = {"usage": [0.0] * layer.num_experts}
+        if known is not None:
+            measured = {
+                "usage": known.usage.tolist(),
+                "similarity": known.logit_cosine.numpy() if known.logit_gram.any() else None,
+                "too_few": [e for e in known.too_few(MIN_TOKENS) if e not in known.dead],
+                "dead": known.dead,
+                "entropy": known.entropy,
+            }
+        sizes = {"num_experts": layer.num_experts, "num_kept": layer.num_kept}
+        reports.append(LayerReport(name=layer.name, group_of=layer.group_of, **sizes, **measured))
+    return reports
+
+
+def report_content(run: Run) -> ReportContent:
+    """Everything that the report shows."""
+    plan, options, measured = run.plan, run.options, run.measured
+    name = options.model.rstrip("/").rpartition("/")[2]
+    return ReportContent(
+        title=f"{name}: {run.experts[0]} to {run.experts[1]} experts",
+        model=options.model,
+        method=plan.method,
+        grouping=str(plan.settings.get("grouping", "as planned")),
+        router=plan.router,
+        form=run.form,
+        command=command_line("compress", options),
+        versions=versions(),
+        seed=options.seed,
+        plan_hash=plan.hash,
+        layers=layer_reports(plan, run.statistics),
+        num_parameters=(run.before.total_parameters, run.after.total_parameters),
+        num_bytes=(run.before.total_bytes, run.after.total_bytes),
+        parameters_by_part={
+            part: (run.before.parameters[part], run.after.parameters[part]) for part in PARTS
+        },
+        bytes_by_part={part: (run.before.bytes[part], run.after.bytes[part]) for part in PARTS},
+        overall=None if measured is None else DomainRow.from_measured(measured.fidelity.overall),
+        domains=() if measured is None else [DomainRow.from_measured(d) for d in measured.fidelity.domains],
+        generation=() if measured is None else measured.generation,
+        throughput=() if measured is None else measured.throughput,
+        warnings=run.warnings,
+        settings=_settings(run),
+    )
+
+
+def _settings(run: Run) -> dict[str, str]:
+    tokens = max((layer.num_tokens for layer in run.statistics.layers.values()), default=0)
+    facts = {"data": run.data, "calibration tokens": f"{tokens:,}"}
+    facts |= {key: str(value) for key, value in run.plan.settings.items() if value not in (None, [], "")}
+    facts["alignment"] = run.plan.alignment.method
+    facts["largest relative difference of logits after reloading"] = f"{run.reload_difference:.2g}"
+    return facts
+
+
+def write_run_file(run: Run, folder: Path) -> None:
+    """Write `run.json`: what was asked, with what, and what came out."""
+    config = {
+        key: str(value) if isinstance(value, Path) else value for key, value in asdict(run.options).items()
+    }
+    facts = {
+        "format": FORMAT,
+        "version": 1,
+        "command": command_line("compress", run.options),
+        "config": config,
+        "plan": {
+            "hash": run.plan.hash,
+            "method": run.plan.method,
+            "form": run.form,
+            "router": run.plan.router,
+            **{key: value for key, value in run.plan.settings.items() if key not in ("experts", "ratio")},
+        },
+        "versions": versions(),
+        "platform": platform.platform(),
+        "seed": run.options.seed,
+        "data": {"source": run.data, "fingerprint": run.statistics.fingerprint.get("data")},
+        "metrics": {
+            "experts": {"before": run.experts[0], "after": run.experts[1]},
+            "footprint": {"before": run.before.to_dict(), "after": run.after.to_dict()},
+            "tensor_bytes": {"predicted": run.after.total_bytes, "written": run.written_bytes},
+            "reload_logit_difference": run.reload_difference,
+            "merging": run.merging,
+            **({} if run.measured is None else run.measured.to_dict()),
+        },
+        "warnings": list(run.warnings),
+    }
+    text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False)
+    (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder was written by `moekit compress`."""
+    try:
+        facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and facts.get("format") == FORMAT
+
+
+def write_model_card(run: Run, folder: Path) -> None:
+    """Write `README.md` as the hub shows it: what this is, what was lost, how to load it."""
+    base = "" if Path(run.options.model).exists() else f"base_model: {run.options.model}\n"
+    note = "import moekit.moe  # teaches transformers the moekit form\n" if run.form == "moekit" else ""
+    lines = [f"- {name}: {before} -> {after}" for name, before, after in summary_rows(run)]
+    content = report_content(run)
+    warnings = "".join(f"- {warning}\n" for warning in run.warnings)
+    card = f"""---
+library_name: transformers
+{base}tags: [moekit, mixture-of-experts, compressed]
+---
+
+# {content.title}
+
+Made by moekit {versions()["moekit"]} from `{run.options.model}` with the method {run.plan.method}
+(router: {run.plan.router}, form: {run.form}). {verdict(content)}
+
+## Numbers
+
+{chr(10).join(lines)}
+
+{f"## Warnings{chr(10)}{chr(10)}{warnings}" if warnings else ""}
+## Load it
+
+```python
+{note}from transformers import {run.model_class}
+
+model = {run.model_class}.from_pretrained("path/or/hub-id")
+```
+
+## How it was made
+
+`{content.command}`
+
+`plan.json` says what became of each expert; `run.json` holds the settings and every number.
+"""
+    (folder / "README.md").write_text(card.replace("\n\n\n", "\n\n"), encoding="utf-8")
+
+
+def summary_rows(run: Run) -> list[tuple[str, str, str]]:
+    """The figures that matter most, each before and after."""
+    before, after = run.before, run.after
+    rows = [
+        ("experts in all layers", str(run.experts[0]), str(run.experts[1])),
+        ("parameters", millions(before.total_parameters), millions(after.total_parameters)),
+        ("weights on disk", megabytes(before.total_bytes), megabytes(after.total_bytes)),
+    ]
+    if run.measured is None:
+        return rows
+    overall = run.measured.fidelity.overall
+    perplexities = (overall.perplexity_original.value, overall.perplexity_compressed.value)
+    rows += [
+        ("perplexity, held-out text", *(f"{value:.4g}" for value in perplexities)),
+        ("KL to the original (nats/token)", "0", f"{overall.kl.value:.4f}"),
+        ("same most likely next token", "100.0%", f"{overall.top1_agreement.value:.1%}"),
+    ]
+    return rows + [_row(row) for row in (*run.measured.generation, *run.measured.throughput)]
+
+
+def _row(row: Comparison) -> tuple[str, str, str]:
+    name = f"{row.name} (of {row.count})" if row.count else row.name
+    if row.unit == "share":
+        return name, f"{row.before:.1%}", f"{row.after:.1%}"
+    return f"{name}, {row.unit}", f"{row.before:,.0f}", f"{row.after:,.0f}"
+
+
+def summary_table(run: Run):
+    """The table that ends the command."""
+    return table(f"{run.options.model}: before and after", ["", "before", "after"], summary_rows(run))

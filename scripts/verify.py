@@ -1,0 +1,65 @@
+"""Read a written checkpoint back as its users will, and make sure that it is the model that was in memory."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..compress.fidelity import evaluating
+from ..moe.checkpoint import max_logit_difference
+from ..moe.data import TokenBlocks
+from .calibrate import model_inputs
+from .load import load_model
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
+"""Largest difference of logits, relative to the largest logit: the same weights at other addresses may be
+multiplied by another kernel."""
+LOW_PRECISION_TOLERANCE = 2e-2
+PROBES = 2
+
+
+class VerificationError(ValueError):
+    """The checkpoint on disk is not the model that was in memory."""
+
+
+def verify_reload(model: PreTrainedModel, folder: Path, blocks: TokenBlocks) -> tuple[PreTrainedModel, float]:
+    """Load a checkpoint by `from_pretrained` and compare it with the model that it was written from.
+
+    Args:
+        model: The model in memory.
+        folder: Its checkpoint.
+        blocks: Text to compare the logits on; the first two blocks are used.
+
+    Returns:
+        The loaded model, and the largest difference of a logit relative to the largest logit.
+
+    Raises:
+        VerificationError: A tensor is missing, added or changed, or the logits differ by more than rounding.
+    """
+    reloaded = load_model(str(folder), device=str(model.device))
+    _compare_tensors(model, reloaded)
+    batch = next(blocks.batches(PROBES))
+    with evaluating(model), evaluating(reloaded):
+        difference = max_logit_difference(model, reloaded, model_inputs(model, batch))
+    allowed = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+    if not difference <= allowed:
+        raise VerificationError(
+            f"the checkpoint read back gives other logits than the model in memory (relative difference "
+            f"{difference:.2g}, at most {allowed:g} is rounding); this is a fault of moekit, please report it"
+        )
+    return reloaded, difference
+
+
+def _compare_tensors(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    mine, theirs = model.state_dict(), reloaded.state_dict()
+    if different := sorted(mine.keys() ^ theirs.keys()):
+        raise VerificationError(
+            f"tensor {different[0]!r} is in only one of the model in memory and the checkpoint read back; "
+            "this is a fault of moekit, please report it"
+        )
+    for name, tensor in mine.items():
+        if tensor.dtype != theirs[name].dtype or not torch.equal(tensor, theirs[name]):
+            raise VerificationError(
+                f"tensor {name!r} was changed by writing and reading it; this is a fault of moekit, "
+                "please report it"
+            )

@@ -1,12 +1,13 @@
 """The two checkpoint forms: stock, and moekit through transformers' quantizer registry.
 
-*stock* is the family's own class with fewer experts. *moekit* is exact: E router rows over M experts, another
-M in each layer. Its `config.json` says so in ``quantization_config``, and once this module is imported, a plain
-``AutoModelForCausalLM.from_pretrained`` rebuilds the layers before it loads the weights.
+*stock* is the family's own class with fewer experts. *moekit* is exact: E router rows over M experts, with
+another M in each layer. Its `config.json` says so in ``quantization_config``, and once this module is
+imported, a plain ``AutoModelForCausalLM.from_pretrained`` rebuilds the layers before it loads the weights.
 
-Without that import transformers 5.23 warns of an "unknown quantization type" and builds the layers as large as
-the config counts; it then stops, because the weights have other shapes. Only Switch, whose experts are separate
-modules, is loaded all the same, with a warning and with fresh random experts in the place of merged ones.
+Without that import transformers 5.23 warns of an "unknown quantization type" and builds the layers as large
+as the config counts; it then stops, because the weights have other shapes. Two cases load all the same and
+are wrong, with no more than warnings: Switch, whose experts are separate modules (random ones stand in for
+those that are not there), and a model of which no layer became smaller (experts in another order).
 """
 
 # E logical experts, M physical experts
@@ -178,9 +179,10 @@ def check_loaded(layer: ExpertLayer) -> None:
                 raise ValueError(f"the checkpoint lacks {name!r} of layer {layer.name!r}; it is damaged")
     maps = (layer.expert_map, layer.router._buffers.get("expert_group"))
     for indices in (m for m in maps if m is not None and m.device.type != "meta"):
-        if sorted(set(indices.tolist())) != list(range(layer.num_physical_experts)):
+        used = sorted(set(indices.tolist()))
+        if used != list(range(layer.num_physical_experts)):
             raise ValueError(
-                f"the checkpoint maps the experts of layer {layer.name!r} to {sorted(set(indices.tolist()))}, not "
+                f"the checkpoint maps the experts of layer {layer.name!r} to {used}, not "
                 f"to each of 0..{layer.num_physical_experts - 1}; it is damaged"
             )
 
@@ -223,10 +225,7 @@ def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 def configured_experts(config: Any) -> int | None:
     """The number of experts that the model's own config builds in every layer."""
-    for part in (
-        config,
-        *(getattr(config, n, None) for n in ("text_config", "ffn_config", "thinker_config")),
-    ):
+    for part in (config, *(getattr(config, name, None) for name in CONFIG_PARTS)):
         for key in EXPERT_COUNT_KEYS:
             if type(value := getattr(part, key, None)) is int:
                 return value
@@ -247,7 +246,7 @@ def mark_form(model: PreTrainedModel) -> str:
     level_router_logits(model, expert_layers(model))
     marked: Any = model
     if entries := layer_entries(model):
-        config = MoekitConfig(layers=entries)
+        config: Any = MoekitConfig(layers=entries)  # pyright: ignore[reportCallIssue]  # a dataclass's, they think
         marked.config.quantization_config = config
         marked.hf_quantizer = MoekitQuantizer(config)
         return "moekit"

@@ -51,8 +51,8 @@ def expert_layers(model: PreTrainedModel) -> list[ExpertLayer]:
         layers.append(_make_layer(block_name, block, module, storage, recorded, config))
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no routed experts: it is a dense model, or keeps its experts in a way "
-            "that moekit does not know (docs/families.md lists the families and how to add one)"
+            f"{type(model).__name__} has no routed experts: it is a dense model, or keeps its experts in a "
+            "way that moekit does not know (docs/families.md lists the families and how to add one)"
         )
     return layers
 

@@ -47,7 +47,7 @@ class Llama4Layer(ExpertLayer):
         super().check_replacement(num_physical, expert_map)
         if self.top_k > 1 and num_physical < self.num_experts:
             raise ValueError(
-                f"layer {self.name!r} scales the input of an expert (Llama-4) and routes to top_k={self.top_k}: "
+                f"layer {self.name!r} scales the input of an expert (Llama-4) and has top_k={self.top_k}: "
                 "two choices in one group cannot be folded exactly; use the stock form"
             )
 
@@ -123,8 +123,8 @@ class JetMoeLayer(ExpertLayer):
         super().check_removal(keep)
         if len(keep) < self.num_experts:
             raise ValueError(
-                f"layer {self.name!r} (JetMoE) cannot do with fewer router rows: num_local_experts counts its "
-                "attention experts too; use the moekit form with router='redirect'"
+                f"layer {self.name!r} (JetMoE) cannot do with fewer router rows: num_local_experts counts "
+                "its attention experts too; use the moekit form with router='redirect'"
             )
 
     @contextmanager

@@ -227,7 +227,7 @@ class ExpertLayer:
 
     @property
     def router_mode(self) -> str:
-        """``full``: E rows, E experts; ``redirect``: E rows over M experts; ``logsumexp``: M groups of rows."""
+        """``full``: E rows, E experts; ``redirect``: E rows, M experts; ``logsumexp``: M groups of rows."""
         if "expert_group" in self.router._buffers:
             return "logsumexp"
         return "full" if self.expert_map is None else "redirect"
@@ -307,22 +307,24 @@ class ExpertLayer:
                 probability, or `router` is neither. Nothing is changed then.
         """
         self.check_replacement(len(experts), expert_map)
-        self._check_router_mode(router, is_identity=list(expert_map) == list(range(len(experts))))
-        if len(experts) == self.num_experts and self.router_mode != "logsumexp":
-            # Nothing is merged: in the router's own order they need no map.
-            experts, expert_map, router = [experts[i] for i in expert_map], range(len(experts)), "redirect"
+        self._check_router_mode(router, list(expert_map), len(experts))
         write_experts(self.storage, list(experts))
         if router == "logsumexp":
             self.set_expert_groups(expert_map, **self.router_constraints.group_rule)
         else:
             self.set_expert_map(expert_map)
 
-    def _check_router_mode(self, router: str, *, is_identity: bool) -> None:
+    def _check_router_mode(self, router: str, expert_map: list[int], num_groups: int) -> None:
         if router not in ("redirect", "logsumexp"):
             raise ValueError(f"router={router!r} is not 'redirect' or 'logsumexp' (layer {self.name!r})")
         if router == "logsumexp":
             self.router_constraints.check_group_probability(self.name)
-        elif self.router_mode == "logsumexp" and not is_identity:
+            if num_groups < self.top_k:
+                raise ValueError(
+                    f"router='logsumexp' cannot choose top_k={self.top_k} of {num_groups} groups (layer "
+                    f"{self.name!r}); keep at least {self.top_k} or use router='redirect'"
+                )
+        elif self.router_mode == "logsumexp" and expert_map != list(range(num_groups)):
             raise ValueError(
                 f"layer {self.name!r} routes among groups already: its choice of groups cannot be "
                 "redirected; use router='logsumexp'"

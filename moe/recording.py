@@ -65,16 +65,16 @@ class _Masks:
             return None
         if not readable:
             raise ValueError(
-                f"layer {layer.name!r}: recording needs the attention mask as [batch, length], to leave padding out; "
-                "a prepared mask of attention scores does not say it (generate: use the dynamic cache)"
+                f"layer {layer.name!r}: recording needs the attention mask as [batch, length], to leave "
+                "padding out; a prepared 4-D mask does not say it (in generate: use the dynamic cache)"
             )
         # With a key-value cache the mask also covers the past; only the last columns are being computed.
         mask = readable[0]
         columns, rest = divmod(num_tokens, mask.shape[0])
         if rest or columns > mask.shape[1]:
             raise ValueError(
-                f"layer {layer.name!r} got {num_tokens} tokens, which an attention mask of shape {tuple(mask.shape)} "
-                "does not cover"
+                f"layer {layer.name!r} got {num_tokens} tokens, which an attention mask of shape "
+                f"{tuple(mask.shape)} does not cover"
             )
         return mask[:, mask.shape[1] - columns :].flatten().bool()
 

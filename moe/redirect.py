@@ -44,7 +44,7 @@ def redirect(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if ids.ndim == 3:  # Switch passes a one-hot mask [T, 1, E], all zeros for a token over capacity
         return (hidden, _sum_by_group(ids, module.expert_map, len(module)), weights), {}
     ids = module.expert_map[ids]
-    if ids.shape[-1] > 1 and getattr(module, "skips_absent_experts", False):
+    if ids.shape[-1] > 1 and _passes_over_absent(module):
         ids, weights = fold_duplicates(ids, weights, module.num_experts)
     return (hidden, ids, weights), {}
 
@@ -77,15 +77,20 @@ def redirect_dispatch(module: Any, args: tuple[Any, ...], output: tuple[Any, ...
     return order[by_physical], token[by_physical], gates[by_physical], counts, logits
 
 
-def skips_absent_experts(module: Any) -> bool:
-    """Whether this experts' forward passes over a choice of the id `num_experts`, and so can be spared work.
+def _passes_over_absent(module: Any) -> bool:
+    """Whether this experts' forward, as it is now dispatched, passes over a choice of the id `num_experts`.
 
-    Transformers' own implementations do once `_is_expert_parallel` is set; the family's eager loop is asked,
-    on zero-size stand-ins of the weights, because an id out of range would end a CUDA process.
+    Transformers' own implementations do once `_is_expert_parallel` is set; the eager loop of some families
+    does not (GPT-OSS).
     """
-    eager = getattr(type(module).forward, "__wrapped__", None)
-    if eager is None or not hasattr(module, "_is_expert_parallel"):
+    if not getattr(module, "folds_choices", False):
         return False
+    return module.eager_folds_choices or module.config._experts_implementation not in (None, "eager")
+
+
+def _eager_passes_over_absent(module: Any) -> bool:
+    """Ask the family's eager loop, on zero-size stand-ins: an id out of range would end a CUDA process."""
+    eager = type(module).forward.__wrapped__
     stand_in = copy.copy(module)
     stand_in._parameters = {
         name: torch.zeros((), dtype=p.dtype, device="cpu").expand(p.shape)
@@ -114,10 +119,11 @@ def set_expert_map(module: Any, expert_map: Tensor, hook: Callable[..., Any]) ->
 
 def skip_absent_choices(module: Any) -> None:
     """Fold a token's equal choices from now on, where the experts' forward can be spared the repeats."""
-    if skips_absent_experts(module):
+    if hasattr(module, "_is_expert_parallel"):
         # Transformers' experts skip ids >= num_experts in this mode; folded duplicates are sent there.
         module._is_expert_parallel = True
-        module.skips_absent_experts = True
+        module.folds_choices = True
+        module.eager_folds_choices = _eager_passes_over_absent(module)
 
 
 def clear_expert_map(module: Any) -> None:
@@ -125,9 +131,8 @@ def clear_expert_map(module: Any) -> None:
     if "expert_map" not in module._buffers:
         return
     del module.expert_map
-    if getattr(module, "skips_absent_experts", False):
-        module._is_expert_parallel = False
-        del module.skips_absent_experts
+    if getattr(module, "folds_choices", False):
+        module._is_expert_parallel = module.folds_choices = False
     ours = (redirect, redirect_scores, redirect_dispatch)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in ours]:

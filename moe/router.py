@@ -4,15 +4,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import layer as layers  # a cycle: for annotations only
 from .storage import expert_counts
-
-if TYPE_CHECKING:
-    from .layer import ExpertLayer
 
 EXPERT_COUNT_KEYS = (
     "num_experts",
@@ -62,8 +60,8 @@ class RouterConstraints:
         """
         if not self.returns_choices:
             raise ValueError(
-                f"router='logsumexp' needs a router that returns (logits, weights, ids); layer {layer!r} has none "
-                "such; use router='redirect'"
+                f"router='logsumexp' needs a router that returns (logits, weights, ids); layer {layer!r} has "
+                "none such; use router='redirect'"
             )
         if self.scoring != "softmax" or self.has_correction_bias or self.num_groups > 1:
             raise ValueError(
@@ -111,7 +109,7 @@ def router_top_k(router: nn.Module, block: nn.Module, config: Any) -> int:
     return 1  # Switch's router is written for one choice and has no such setting
 
 
-def _router_tensors(layer: "ExpertLayer", num_experts: int) -> list[tuple[Any, str, Tensor, int]]:
+def _router_tensors(layer: "layers.ExpertLayer", num_experts: int) -> list[tuple[Any, str, Tensor, int]]:
     """Per-expert parameters and buffers of the router, and those that the block keeps for it.
 
     The first axis counts experts, possibly followed by choices without routed weights (LongCat's zero
@@ -127,7 +125,7 @@ def _router_tensors(layer: "ExpertLayer", num_experts: int) -> list[tuple[Any, s
     return [(m, n, t, axis) for m, n, t, axis in axes if axis is not None]
 
 
-def _router_totals(layer: "ExpertLayer", num_experts: int) -> set[int]:
+def _router_totals(layer: "layers.ExpertLayer", num_experts: int) -> set[int]:
     """How many rows a per-expert tensor may have: E, or with the choices without routed weights."""
     owners = (layer.router, *layer.router.children())
     return {num_experts} | {n for o in owners for n in expert_counts(o).values() if n > num_experts}
@@ -146,7 +144,7 @@ def _expert_axis(tensor: Tensor, totals: set[int]) -> int | None:
 
 
 @torch.no_grad()
-def reduce_router(layer: "ExpertLayer", num_experts: int, keep: list[int], new_ids: list[int]) -> None:
+def reduce_router(layer: "layers.ExpertLayer", num_experts: int, keep: list[int], new_ids: list[int]) -> None:
     """Keep the router's rows of `keep` and count `len(keep)` experts everywhere but in the model's config.
 
     Args:
@@ -190,7 +188,7 @@ def _first_int(owners: Sequence[Any], names: Sequence[str], default: int) -> int
     return next((value for value in values if type(value) is int), default)
 
 
-def read_constraints(layer: "ExpertLayer") -> RouterConstraints:
+def read_constraints(layer: "layers.ExpertLayer") -> RouterConstraints:
     """Find out the router's rule by watching it route, not by its name."""
     owners = (layer.router, layer.block)
     groups = _first_int(owners, _GROUP_NAMES, 1)
@@ -215,14 +213,14 @@ _SCORES = {
 }
 
 
-def _random_tokens(layer: "ExpertLayer") -> Tensor:
+def _random_tokens(layer: "layers.ExpertLayer") -> Tensor:
     like = next(layer.router.parameters())
     hidden_TD = torch.randn(16, layer.input_size, generator=torch.Generator().manual_seed(0))
     return hidden_TD.to(like.device, like.dtype)
 
 
 @torch.no_grad()
-def _route_random_tokens(layer: "ExpertLayer") -> Any:
+def _route_random_tokens(layer: "layers.ExpertLayer") -> Any:
     """Routing of 16 random tokens, or ``None`` where the block wants more than hidden states."""
     if layer.device.type == "meta":
         return None
@@ -237,7 +235,7 @@ def _route_random_tokens(layer: "ExpertLayer") -> Any:
 
 
 @torch.no_grad()
-def _router_output(layer: "ExpertLayer") -> Any:
+def _router_output(layer: "layers.ExpertLayer") -> Any:
     """The router's output for random tokens; ``None`` where it wants more than hidden states."""
     if layer.device.type == "meta":
         return None
@@ -247,7 +245,7 @@ def _router_output(layer: "ExpertLayer") -> Any:
         return None
 
 
-def _returns_choices(layer: "ExpertLayer") -> bool:
+def _returns_choices(layer: "layers.ExpertLayer") -> bool:
     output = _router_output(layer)
     if not isinstance(output, tuple) or len(output) < 3 or not all(isinstance(o, Tensor) for o in output[:3]):
         return False
@@ -255,7 +253,7 @@ def _returns_choices(layer: "ExpertLayer") -> bool:
     return weights.shape == ids.shape and ids.shape[-1] == layer.top_k and not ids.is_floating_point()
 
 
-def router_shows_probabilities(layer: "ExpertLayer") -> bool:
+def router_shows_probabilities(layer: "layers.ExpertLayer") -> bool:
     """Whether the router's first output already sums to 1 for every token."""
     output = _router_output(layer)
     if output is None:
@@ -266,7 +264,7 @@ def router_shows_probabilities(layer: "ExpertLayer") -> bool:
 
 
 @torch.no_grad()
-def _watch_rule(layer: "ExpertLayer") -> dict[str, Any]:
+def _watch_rule(layer: "layers.ExpertLayer") -> dict[str, Any]:
     """Compare the router's weights on random tokens with each known rule, up to a common factor."""
     routing = _route_random_tokens(layer)
     if routing is None or routing.router_logits is None or (routing.expert_ids >= layer.num_experts).any():
@@ -285,7 +283,7 @@ def _watch_rule(layer: "ExpertLayer") -> dict[str, Any]:
     return {"scoring": "other", "renormalises": renormalises}
 
 
-def _nearest_scale(layer: "ExpertLayer", measured: float) -> float:
+def _nearest_scale(layer: "layers.ExpertLayer", measured: float) -> float:
     """The factor that the router, block or config says; what is measured in bfloat16 is not exact."""
     named = [1.0, 1 / layer.top_k]
     for owner in (layer.router, layer.block, layer.config):
@@ -296,7 +294,7 @@ def _nearest_scale(layer: "ExpertLayer", measured: float) -> float:
 
 @torch.no_grad()
 def mix_router_rows(
-    layer: "ExpertLayer", groups: Sequence[tuple[Sequence[int], Sequence[float], int]]
+    layer: "layers.ExpertLayer", groups: Sequence[tuple[Sequence[int], Sequence[float], int]]
 ) -> None:
     """Set each core's row of every per-expert router tensor to the weighted mean of its group's rows.
 

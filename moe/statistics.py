@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ class LayerStatistics:
     """Sum over all tokens of the entropy of softmax(router logits), in nats."""
 
     @classmethod
-    def zeros(cls, num_experts: int, hidden_size: int, top_k: int) -> Self:
+    def zeros(cls, num_experts: int, hidden_size: int, top_k: int) -> "LayerStatistics":
         """Returns the statistics of no tokens at all.
 
         Raises:
@@ -263,7 +263,7 @@ class RoutingStatistics:
         return write_records(path, records, self.fingerprint)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> "RoutingStatistics":
         """Reads what ``save`` wrote, and checks every number of it.
 
         Args:

@@ -29,8 +29,9 @@ from .console import is_interactive
 __all__ = ["ModelSource", "UnsupportedModelError", "load_model", "load_tokenizer", "open_source", "skeleton"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
 OTHER_FORMATS = ["consolidated*", "*/*"]
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 SCAN_ELEMENTS = 2**24
 """Weights that are looked at together for NaN."""
 DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
@@ -127,6 +128,9 @@ def load_tokenizer(model: str | ModelSource) -> PreTrainedTokenizerBase:
         ValueError: There is none that can be read.
     """
     folder = _find(model) if isinstance(model, str) else model.folder
+    # Without any of them transformers 5 makes up an empty tokenizer and says nothing.
+    if not any(next(folder.glob(pattern), None) for pattern in VOCABULARIES):
+        raise ValueError(f"'{folder}' has no tokenizer: none of {', '.join(VOCABULARIES)} is there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Tokenizer libraries raise whatever they like at a missing or damaged file; all mean the same here.

@@ -32,9 +32,10 @@ def predict_uniform(model: PreTrainedModel, share: float) -> tuple[Footprint, li
     kept = [max(layer.top_k, round(share * layer.num_physical_experts)) for layer in layers]
     for layer, num_experts in zip(layers, kept, strict=True):
         if num_experts < layer.num_physical_experts:
+            num_rows = layer.num_experts
             layer.storage.allocate(num_experts)
             if layer.router_mode == "full":
-                layer.set_expert_map([min(e, num_experts - 1) for e in range(layer.num_experts)])
+                layer.set_expert_map([min(e, num_experts - 1) for e in range(num_rows)])
     return footprint(shadow, layers), kept
 
 

@@ -1,8 +1,8 @@
 """Everything that `moekit compress` checks before it loads any weights."""
 
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,8 @@ from .load import ModelSource, load_tokenizer, open_source, skeleton
 from .options import CompressOptions
 from .staging import check_output
 
+SAMPLE_FILE = "sample.jsonl"
+"""Text that the bundled model was not trained on."""
 METHOD_OPTIONS = ("grouping", "similarity", "weighting", "alignment", "reference", "router")
 _STOCK = {"grouping": "uniform", "router": "slice"}
 
@@ -98,15 +100,19 @@ def planner_options(options: CompressOptions) -> dict[str, Any]:
     return {**common, "form": options.form, **seed, **said}
 
 
+def bundled_folder() -> Path:
+    """Where the small model that comes with moekit is."""
+    return Path(__file__).parent / "bundled"
+
+
 def bundled_data(source: ModelSource) -> str:
     """The held-out text that comes with the bundled model.
 
     Raises:
         ValueError: The model is another one, so that `--data` is needed.
     """
-    with as_file(files(__package__) / "bundled") as folder:
-        if source.folder.resolve() == folder.resolve():
-            return str(folder / "sample.jsonl")
+    if source.folder.resolve() == bundled_folder().resolve():
+        return str(bundled_folder() / SAMPLE_FILE)
     raise ValueError(
         "--data is missing: name text like that which the model will meet (a .txt, .jsonl or .parquet file, "
         "a folder, or a `datasets` name); routing is recorded on it, and the result judged on a part of it"

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from ..compress.plan import CompressionPlan
 from ..compress.report_content import Comparison, DomainRow, LayerReport, ReportContent, verdict
 from ..moe.footprint import PARTS, Footprint
@@ -48,6 +50,11 @@ class Run:
     def experts(self) -> tuple[int, int]:
         """Of all layers, before and after."""
         return sum(layer.num_experts for layer in self.plan.layers), self.plan.actual_experts
+
+
+def short_name(model: str) -> str:
+    """The last part of a folder or hub id."""
+    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def versions() -> dict[str, str]:
@@ -99,9 +106,8 @@ def layer_reports(plan: CompressionPlan, statistics: RoutingStatistics) -> list[
 def report_content(run: Run) -> ReportContent:
     """Everything that the report shows."""
     plan, options, measured = run.plan, run.options, run.measured
-    name = options.model.rstrip("/").rpartition("/")[2]
     return ReportContent(
-        title=f"{name}: {run.experts[0]} to {run.experts[1]} experts",
+        title=f"{short_name(options.model)}: {run.experts[0]} to {run.experts[1]} experts",
         model=options.model,
         method=plan.method,
         grouping=str(plan.settings.get("grouping", "as planned")),
@@ -246,6 +252,7 @@ def _row(row: Comparison) -> tuple[str, str, str]:
     return f"{name}, {row.unit}", f"{row.before:,.0f}", f"{row.after:,.0f}"
 
 
-def summary_table(run: Run):
+def summary_table(run: Run) -> Table:
     """The table that ends the command."""
-    return table(f"{run.options.model}: before and after", ["", "before", "after"], summary_rows(run))
+    title = f"{short_name(run.options.model)}: before and after"
+    return table(title, ["", "before", "after"], summary_rows(run))

@@ -11,7 +11,7 @@ from moekit.compress.methods import METHODS
 from moekit.compress.plan import CompressionPlan
 from moekit.compress.similarity import output_similarity, router_logit_similarity
 from moekit.moe.discovery import expert_layers
-from moekit.moe.statistics import RoutingStatistics
+from moekit.moe.statistics import LayerStatistics, RoutingStatistics
 
 from .plan_samples import fresh, layers_of, statistics
 
@@ -248,7 +248,7 @@ def test_statistics_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="are of another model: it has no layer 'encoder"):
         plan_m_smoe(layers, statistics("switch_transformers"), experts=4)
     first = next(iter(known.layers))
-    small = dataclasses.replace(known.layers[first], output_sums=torch.zeros(6, 32, dtype=torch.float64))
+    small = LayerStatistics.zeros(6, 32, 2)
     with pytest.raises(ValueError, match=f"6 experts in layer '{first}', which has 8"):
         plan_m_smoe(layers, RoutingStatistics(layers={**known.layers, first: small}), experts=4)
 

@@ -126,11 +126,14 @@ def test_job_gets_the_parsed_options(monkeypatch):
 
 
 def test_demo_replaces_only_what_moekit_made(monkeypatch, tmp_path, capsys):
-    bundled = Path(demo.__file__).parent / "bundled"
-    asked = []
+    bundled = tmp_path / "bundled"
+    bundled.mkdir()
     monkeypatch.setattr(demo, "bundled_folder", lambda: bundled)
+    asked = []
     monkeypatch.setattr(demo.compress, "run", asked.append)
-    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    assert cli.main(["demo"]) == 2
+    assert "came without the demo's model" in capsys.readouterr().err
+    (bundled / "config.json").write_text("{}", encoding="utf-8")
     out = tmp_path / "demo"
     out.mkdir()
     (out / "run.json").write_text('{"format": "moekit.run"}', encoding="utf-8")

@@ -17,7 +17,16 @@ from transformers import (
 
 VOCABULARY = 300
 CONTEXT = 128
-TEXT_OPTIONS = ["--seq-len", "32", "--calibration-tokens", "2048", "--eval-tokens", "512", "--batch-size", "4"]
+TEXT_OPTIONS = [
+    "--seq-len",
+    "32",
+    "--calibration-tokens",
+    "2048",
+    "--eval-tokens",
+    "512",
+    "--batch-size",
+    "4",
+]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -38,7 +47,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_rows() -> list[dict[str, str]]:
     """Two domains: sums with answers, and word salad."""
     rng = random.Random(0)
-    words = "the router sends every token to a few experts and some of them are hardly ever used at all".split()
+    words = ["the", "router", "sends", "every", "token", "to", "few", "experts", "and", "some", "are", "idle"]
     salad = [{"domain": "salad", "text": " ".join(rng.choices(words, k=30))} for _ in range(40)]
     pairs = [(rng.randrange(10), rng.randrange(10)) for _ in range(150)]
     return salad + [{"domain": "sums", "text": f"Q: {a} + {b}\nA: {a + b}\n"} for a, b in pairs]

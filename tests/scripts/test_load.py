@@ -1,0 +1,197 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from moekit.moe import UnsupportedModelError, expert_layers, save_checkpoint
+from moekit.scripts.load import load_model, load_tokenizer, open_source, skeleton
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, SwitchTransformersForConditionalGeneration
+
+from .tiny_checkpoints import VOCABULARY, tiny_qwen, tiny_switch, write_checkpoint
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint that may be damaged."""
+    return shutil.copytree(checkpoint, tmp_path / "copied")
+
+
+def test_a_whole_checkpoint_loads(checkpoint):
+    model, original = load_model(str(checkpoint)), tiny_qwen()
+    assert not model.training
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in original.state_dict().items())
+    assert load_model(str(checkpoint), dtype="bfloat16").dtype == torch.bfloat16
+    assert load_tokenizer(str(checkpoint))("ab").input_ids
+
+
+def test_sequence_to_sequence_models_load_by_their_own_class(tmp_path):
+    folder = write_checkpoint(tmp_path / "switch", tiny_switch())
+    assert type(load_model(str(folder))) is SwitchTransformersForConditionalGeneration
+
+
+def test_sharded_checkpoints_load(tmp_path):
+    folder = write_checkpoint(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    load_model(str(folder))
+
+
+def test_the_skeleton_has_the_shapes_of_a_compressed_checkpoint(tmp_path):
+    model = tiny_qwen()
+    for layer, num_experts in zip(expert_layers(model), (3, 5), strict=True):
+        layer.replace_experts(layer.experts()[:num_experts], [min(e, num_experts - 1) for e in range(8)])
+    save_checkpoint(model, tmp_path)
+    shapes = {
+        name: tensor.shape for name, tensor in skeleton(open_source(str(tmp_path))).state_dict().items()
+    }
+    assert shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "does not exist: there is no such folder"),
+        ("./missing", "does not exist"),
+        ("a/b/c", "does not exist"),
+        ("nobody/nothing", "is not a folder here and cannot be downloaded"),
+    ],
+)
+def test_a_model_that_is_not_there(name, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(name)
+
+
+def test_a_file_instead_of_its_folder(checkpoint):
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        open_source(str(checkpoint / "model.safetensors"))
+
+
+def test_a_folder_without_config(copied):
+    (copied / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config.json: it is not a Transformers checkpoint$"):
+        open_source(str(copied))
+    (copied / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="PEFT adapter"):
+        open_source(str(copied))
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "holds a list")])
+def test_a_damaged_config(copied, text, message):
+    (copied / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        open_source(str(copied))
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def test_a_model_type_that_transformers_does_not_know(copied):
+    change_config(copied, model_type="imaginary_moe")
+    with pytest.raises(ValueError, match="cannot read the config"):
+        open_source(str(copied))
+
+
+def test_quantised_weights(copied):
+    change_config(copied, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match=r"quantised \(gptq\), and quantised experts cannot be merged"):
+        open_source(str(copied))
+
+
+def test_pickled_weights_only(copied):
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickle only \(pytorch_model.bin\).*save_pretrained"):
+        open_source(str(copied))
+
+
+def test_no_weights_at_all(copied):
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights"):
+        open_source(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"), [(-100, "is truncated: it has"), (50, "ends within its header")]
+)
+def test_a_truncated_file(copied, kept, message):
+    path = copied / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=message):
+        open_source(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+        (b"PK\x03\x04 a zip file, not weights", "is not a safetensors file"),
+        ((2).to_bytes(8, "little") + b"[]", "header cannot be read"),
+    ],
+)
+def test_a_file_of_another_kind(copied, content, message):
+    (copied / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(str(copied))
+
+
+def test_shards_that_are_missing_or_truncated(tmp_path):
+    folder = write_checkpoint(tmp_path / "sharded", max_shard_size="20KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{shards[1].name}' is truncated"):
+        open_source(str(folder))
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=rf"1 of the {len(shards)} shards .* missing, {shards[1].name}"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers(copied, value):
+    path = copied / "model.safetensors"
+    tensors = load_file(path)
+    damaged = next(name for name in tensors if name.endswith("k_proj.weight"))
+    tensors[damaged][3, 2] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"tensor '{damaged}' of .* holds NaN or infinity"):
+        load_model(str(copied))
+
+
+def test_tensors_that_the_checkpoint_lacks(copied):
+    path = copied / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if name.endswith("q_proj.weight"))
+    del tensors[lost]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lack 1 tensors .* '{lost}' the first"):
+        load_model(str(copied))
+
+
+def test_a_dense_model(tmp_path):
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    folder = write_checkpoint(tmp_path / "dense", LlamaForCausalLM(config))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no routed experts"):
+        open_source(str(folder))
+
+
+def test_a_device_that_is_not_there(checkpoint):
+    with pytest.raises(ValueError, match="--device nonsense cannot be used"):
+        load_model(str(checkpoint), device="nonsense")
+
+
+def test_a_folder_without_tokenizer(copied):
+    for path in copied.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer: none of tokenizer.json"):
+        load_tokenizer(str(copied))
+    (copied / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(str(copied))

@@ -18,10 +18,13 @@ def group_logits(
     logits_TE: Float[Tensor, "T E"], group_of_E: Int[Tensor, "E"], num_groups: int
 ) -> Float[Tensor, "T M"]:
     """Log of the summed exponentials of each group's logits; its softmax sums the experts' probabilities."""
-    highest_T1 = logits_TE.amax(-1, keepdim=True)
-    shares_TE = (logits_TE - highest_T1).exp()
-    summed_TM = shares_TE.new_zeros(len(logits_TE), num_groups).index_add(1, group_of_E, shares_TE)
-    return summed_TM.clamp_min(torch.finfo(summed_TM.dtype).tiny).log() + highest_T1
+    lowest = torch.finfo(logits_TE.dtype).min
+    groups_TE = group_of_E.expand_as(logits_TE)
+    highest_TM = logits_TE.new_full((len(logits_TE), num_groups), lowest)
+    highest_TM = highest_TM.scatter_reduce(1, groups_TE, logits_TE.detach(), "amax")
+    shares_TE = (logits_TE - highest_TM.gather(1, groups_TE)).exp()
+    summed_TM = torch.zeros_like(highest_TM).index_add(1, group_of_E, shares_TE)
+    return summed_TM.clamp_min(torch.finfo(summed_TM.dtype).tiny).log() + highest_TM
 
 
 def route_by_group(module: Any, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:

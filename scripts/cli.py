@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone (`moekit ... | head`); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        _say(
-            "interrupted; nothing half-written was left at the output, and the same command goes on from here"
-        )
+        _say("interrupted; the output was not touched, and `moekit compress` goes on where it was")
         return INTERRUPTED
     except (ValueError, OSError) as error:
         if (options and options.debug) or os.environ.get("MOEKIT_DEBUG"):

@@ -152,15 +152,11 @@ def _compress(job: Job, staging: Staging) -> Run:
     plan.save(output / PLAN_FILE)
     statistics.save(output)
     reloaded, difference = verify_reload(model, output, job.texts.held_out)
-    name = type(model).__name__
-    del model, layers
+    del model, layers  # room for the original
     written = tensor_bytes(output)
-    warnings = find_warnings(plan, statistics)
-    if written != after.total_bytes:
-        warnings.append(f"the tensors on disk take {written:,} bytes; {after.total_bytes:,} were foretold")
     finished = Run(
         options=options,
-        model_class=name,
+        model_class=type(reloaded).__name__,
         plan=plan,
         statistics=statistics,
         form=form,
@@ -171,13 +167,17 @@ def _compress(job: Job, staging: Staging) -> Run:
         reload_difference=difference,
         measured=_measure(job, reloaded) if options.report else None,
         data=job.data,
-        warnings=tuple(warnings),
+        warnings=find_warnings(plan, statistics, foretold=after.total_bytes, written=written),
     )
-    if options.report:
+    _write_records(finished, output)
+    return finished
+
+
+def _write_records(finished: Run, output: Path) -> None:
+    if finished.options.report:
         write_report(output, report_content(finished))
     write_run_file(finished, output)
     write_model_card(finished, output)
-    return finished
 
 
 def _measure(job: Job, compressed: PreTrainedModel) -> Measurements:

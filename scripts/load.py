@@ -116,6 +116,9 @@ def load_model(
             f"the weights of '{source.name}' lack {len(missing)} tensors that {type(loaded).__name__} needs, "
             f"{missing[0]!r} the first: config and weights do not belong together, or a file is incomplete"
         )
+    if arguments:
+        # What was remembered of the quantised layout would be written into the plain weights' names.
+        loaded.__dict__.pop("_weight_conversions", None)
     loaded = loaded.to(_device(device)).eval()
     check_finite(loaded, source.name)
     return loaded

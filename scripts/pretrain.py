@@ -197,6 +197,7 @@ def main(config: PretrainConfig) -> None:
     folder = config.out / "trainer"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     model.config.output_router_logits = False
+    model.config.use_cache = True  # Trainer turns it off
     model.bfloat16().save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
 

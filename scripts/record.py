@@ -63,9 +63,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def find_warnings(plan: CompressionPlan, statistics: RoutingStatistics) -> list[str]:
-    """What a reader must know before trusting the result."""
+def find_warnings(
+    plan: CompressionPlan, statistics: RoutingStatistics, *, foretold: int, written: int
+) -> tuple[str, ...]:
+    """What a reader must know before trusting the result.
+
+    Args:
+        plan: What was done.
+        statistics: What it rests on.
+        foretold: Bytes of the tensors as predicted.
+        written: Bytes of the tensors on disk.
+    """
     found = list(plan.notes)
+    if written != foretold:
+        found.append(f"the tensors on disk take {written:,} bytes; {foretold:,} were foretold")
     few = sum(len(experts) for experts in statistics.coverage(MIN_TOKENS).values())
     if few:
         total = sum(layer.num_experts for layer in statistics.layers.values())
@@ -81,7 +92,7 @@ def find_warnings(plan: CompressionPlan, statistics: RoutingStatistics) -> list[
                 f"experts {lost} of layer {layer.name!r} have outputs that dwarf all others (super experts), "
                 "and the plan merges or removes them; that may ruin the model"
             )
-    return found
+    return tuple(found)
 
 
 def layer_reports(plan: CompressionPlan, statistics: RoutingStatistics) -> list[LayerReport]:

@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
-MARGIN = 1.02
-"""Disk space asked for over the bytes of the tensors: headers, tokenizer, report."""
+MARGIN_SHARE, MARGIN_BYTES = 1.02, 16_000_000
+"""Disk space asked for beyond the tensors: headers, tokenizer, report."""
 
 
 class DiskFullError(OSError):
@@ -59,7 +59,7 @@ class Staging:
         Raises:
             DiskFullError: Too little room.
         """
-        self.needed_bytes = int(num_bytes * MARGIN)
+        self.needed_bytes = int(num_bytes * MARGIN_SHARE) + MARGIN_BYTES
         if _free_bytes(self.folder) < self.needed_bytes:
             raise DiskFullError(_disk_full(self))
 
@@ -148,7 +148,11 @@ def _prepare(out: Path, fingerprint: Mapping[str, Any]) -> Staging:
 
 def _publish(staging: Staging) -> None:
     """Make sure that everything is on the disk, then rename."""
+    umask = os.umask(0)
+    os.umask(umask)
     for path in sorted(staging.output.rglob("*"), reverse=True):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors keeps its files from everybody else
         _sync(path)
     _sync(staging.output)
     if staging.out.is_dir():

@@ -97,6 +97,19 @@ def test_enough_families_are_covered() -> None:
     assert len(SUPPORTED) >= 45
 
 
+def test_the_documentation_lists_the_covered_and_the_refused_families() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    covered, refused = text.split("## Refused")
+    assert _first_column(covered) == SUPPORTED
+    assert f"each of the {len(SUPPORTED)} families" in " ".join(covered.split())
+    assert set(_first_column(refused)) == _REFUSED_NAMES
+
+
+def _first_column(markdown: str) -> list[str]:
+    rows = [line.split("|")[1].strip() for line in markdown.splitlines() if line.startswith("| ")]
+    return [name for name in rows if name != "family"]
+
+
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_writing_what_was_read_changes_nothing(family: str) -> None:
     model, inputs, expected = fresh(family)

@@ -7,7 +7,13 @@ import torch
 from moekit.moe import UnsupportedModelError, expert_layers, save_checkpoint
 from moekit.scripts.load import load_model, load_tokenizer, open_source, skeleton
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, SwitchTransformersForConditionalGeneration
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from .tiny_checkpoints import VOCABULARY, tiny_qwen, tiny_switch, write_checkpoint
 
@@ -98,6 +104,35 @@ def test_quantised_weights(copied):
     change_config(copied, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ValueError, match=r"quantised \(gptq\), and quantised experts cannot be merged"):
         open_source(str(copied))
+
+
+def test_quantised_weights_that_can_be_undone(tmp_path):
+    config = GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    folder = write_checkpoint(tmp_path / "plain", GptOssForCausalLM(config).bfloat16())
+    tensors = load_file(folder / "model.safetensors")
+    for name, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+        plain = f"model.layers.0.mlp.experts.{name}"
+        del tensors[plain]
+        # E2M1 holds 1.0 as 2, two to a byte; a scale of 120 is 2 ** -7.
+        tensors[f"{plain}_blocks"] = torch.full((4, rows, columns // 32, 16), 0x22, dtype=torch.uint8)
+        tensors[f"{plain}_scales"] = torch.full((4, rows, columns // 32), 120, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, quantization_config={"quant_method": "mxfp4"})
+    model = load_model(str(folder))
+    assert bool((expert_layers(model)[0].experts()[0].up == 2**-7).all())
+    save_checkpoint(model, tmp_path / "written")
+    again = load_model(str(tmp_path / "written")).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
 def test_pickled_weights_only(copied):

@@ -39,7 +39,11 @@ def test_packing_keeps_the_shares_and_ends_every_document() -> None:
 
 @pytest.mark.slow
 def test_recipe_runs_on_any_text(tmp_path: Path) -> None:
-    rows = [{"domain": d, "text": f"Q: {d} {i} + {i}\nA: {2 * i}\n" * 5} for i in range(60) for d in ("sum", "add")]
+    rows = [
+        {"domain": d, "text": f"Q: {d} {i} + {i}\nA: {2 * i}\n" * 5}
+        for i in range(60)
+        for d in ("sum", "add")
+    ]
     data = tmp_path / "text.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     small = {"vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_experts": 4, "expert_width": 16}

@@ -22,11 +22,13 @@ def test_output_appears_whole_at_the_end(tmp_path):
         (stage.output / "figures").mkdir()
         (stage.output / "figures" / "a.png").write_bytes(b"1")
         (stage.output / "model.safetensors").write_bytes(b"2")
+        (stage.output / "model.safetensors").chmod(0o600)
         (stage.work / "calibration").write_bytes(b"3")
         assert not stage.resumed
         assert not out.exists()
     assert sorted(p.name for p in out.rglob("*")) == ["a.png", "figures", "model.safetensors"]
     assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert (out / "model.safetensors").stat().st_mode == (out / "figures" / "a.png").stat().st_mode
 
 
 def test_an_empty_folder_may_be_there_already(tmp_path):
@@ -121,16 +123,18 @@ def test_a_killed_process_does_not_lock_out_the_next(tmp_path):
 
 
 def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=17_000_000)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
     with (
-        pytest.raises(DiskFullError, match=r"is full: 102,000 bytes are needed there and 1,000 are free"),
+        pytest.raises(
+            DiskFullError, match=r"is full: 17,020,000 bytes are needed there and 17,000,000 are free"
+        ),
         staged_folder(tmp_path / "out", SETTINGS) as stage,
     ):
-        stage.reserve(100_000)
+        stage.reserve(1_000_000)
     assert not (tmp_path / "out").exists()
     with staged_folder(tmp_path / "out", SETTINGS) as stage:
-        stage.reserve(900)
+        stage.reserve(900_000)
 
 
 @pytest.mark.parametrize(

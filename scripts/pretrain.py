@@ -1,6 +1,8 @@
-"""Train a small OLMoE from scratch on domain-labelled text: the recipe of the bundled checkpoint.
+r"""Train a small OLMoE from scratch on domain-labelled text: the recipe of the bundled checkpoint.
 
     python -m moekit.scripts.pretrain --data train.jsonl.gz --out small-moe
+    python -m moekit.scripts.pretrain --data train.jsonl.gz --out finished \
+        --init small-moe/trainer/checkpoint-5000 --answer-marker $'\nA:' --steps 1800
 
 Each line of the data is ``{"domain": ..., "text": ...}``; plain text files work too and form one domain.
 Domains are sampled by ``--domain-share`` (default: by size), because experts specialise only when the
@@ -17,7 +19,15 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers import (
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..moe.documents import load_documents
@@ -51,6 +61,10 @@ class PretrainConfig:
     top_k: int = 2
     expert_width: int = 112
     learning_rate: float = 3e-3
+    init: Path | None = None
+    """Go on from this checkpoint, with its sizes and tokenizer, instead of a new model."""
+    answer_marker: str | None = None
+    """In documents that hold this text only what follows it is learned (``$'\\nA:'`` in a shell)."""
     seed: int = 0
 
 
@@ -99,40 +113,67 @@ def domain_shares(sizes: dict[str, int], asked: dict[str, float]) -> dict[str, f
     return {d: asked.get(d, left * size / rest if rest else 0.0) for d, size in sizes.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One document as tokens."""
+
+    ids: list[int]
+    prompt_length: int = 0
+    """Tokens at the start that are read but not learned."""
+
+
+def tokenise(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, answer_marker: str | None
+) -> list[Example]:
+    """Turn documents into tokens; up to the end of the marker, if one holds it, they are a prompt."""
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    examples = []
+    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        found = -1 if answer_marker is None else text.find(answer_marker)
+        end = found + len(answer_marker or "") if found >= 0 else 0
+        examples.append(Example(ids, sum(start < end for start, _ in offsets)))
+    return examples
+
+
 def pack(
-    tokens: dict[str, list[list[int]]], shares: dict[str, float], *, length: int, eos: int, seed: int
-) -> Tensor:
-    """Concatenate documents, ended by `eos`, into one stream of `length` tokens that keeps the shares.
+    examples: dict[str, list[Example]], shares: dict[str, float], *, length: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Concatenate documents, each ended by `END_ID`, into one stream that keeps the shares of the domains.
 
     The next document comes from the domain that lags most behind its share; a domain that is used up
     starts again in a new order.
+
+    Returns:
+        Token ids and labels, `length` each; a label is -100 where nothing is learned.
     """
     rng = random.Random(seed)
-    order = {d: [] for d in tokens}
-    used = dict.fromkeys(tokens, 0)
+    order: dict[str, list[int]] = {d: [] for d in examples}
+    used = dict.fromkeys(examples, 0)
     stream: list[int] = []
+    labels: list[int] = []
     while len(stream) < length:
         domain = min(shares, key=lambda d: used[d] / shares[d] if shares[d] else float("inf"))
         if not order[domain]:
-            order[domain] = rng.sample(range(len(tokens[domain])), len(tokens[domain]))
-        document = tokens[domain][order[domain].pop()]
-        stream.extend(document)
-        stream.append(eos)
-        used[domain] += len(document) + 1
-    return torch.tensor(stream[:length])
+            order[domain] = rng.sample(range(len(examples[domain])), len(examples[domain]))
+        example = examples[domain][order[domain].pop()]
+        stream += [*example.ids, END_ID]
+        labels += [*[-100] * example.prompt_length, *example.ids[example.prompt_length :], END_ID]
+        used[domain] += len(example.ids) + 1
+    return torch.tensor(stream[:length]), torch.tensor(labels[:length])
 
 
 class TokenRows(Dataset[dict[str, Tensor]]):
-    """Rows of one long stream, each its own labels."""
+    """Rows of one long stream and its labels."""
 
-    def __init__(self, rows_NS: Tensor) -> None:
-        self.rows_NS = rows_NS
+    def __init__(self, ids_NS: Tensor, labels_NS: Tensor) -> None:
+        self.ids_NS = ids_NS
+        self.labels_NS = labels_NS
 
     def __len__(self) -> int:
-        return len(self.rows_NS)
+        return len(self.ids_NS)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows_NS[index], "labels": self.rows_NS[index]}
+        return {"input_ids": self.ids_NS[index], "labels": self.labels_NS[index]}
 
 
 def build_model(config: PretrainConfig) -> OlmoeForCausalLM:
@@ -156,6 +197,13 @@ def build_model(config: PretrainConfig) -> OlmoeForCausalLM:
             pad_token_id=PAD_ID,
         )
     )
+
+
+def load_model(folder: Path) -> OlmoeForCausalLM:
+    """Read a checkpoint to go on with."""
+    model = OlmoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.output_router_logits = True
+    return model
 
 
 def training_arguments(config: PretrainConfig) -> TrainingArguments:
@@ -183,17 +231,26 @@ def training_arguments(config: PretrainConfig) -> TrainingArguments:
 def main(config: PretrainConfig) -> None:
     """Train, resuming what was interrupted, then write the checkpoint in bfloat16 with its tokenizer."""
     documents = read_documents(config.data)
-    tokenizer = train_tokenizer(documents, config.vocab_size)
-    tokens = {d: tokenizer(texts, add_special_tokens=False)["input_ids"] for d, texts in documents.items()}
-    shares = domain_shares({d: sum(map(len, docs)) for d, docs in tokens.items()}, config.domain_share)
+    if config.init is None:
+        tokenizer = train_tokenizer(documents, config.vocab_size)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(config.init)
+    examples = {d: tokenise(texts, tokenizer, config.answer_marker) for d, texts in documents.items()}
+    sizes = {d: sum(len(example.ids) for example in found) for d, found in examples.items()}
     length = config.steps * config.batch_size * config.seq_len
-    stream = pack(tokens, shares, length=length, eos=END_ID, seed=config.seed)
-    del documents, tokens
+    ids, labels = pack(examples, domain_shares(sizes, config.domain_share), length=length, seed=config.seed)
+    del documents, examples
 
     set_seed(config.seed)
-    model = build_model(config)
-    rows = TokenRows(stream.view(-1, config.seq_len))
-    trainer = MoETrainer(model=model, args=training_arguments(config), train_dataset=rows)
+    model = build_model(config) if config.init is None else load_model(config.init)
+    rows = TokenRows(ids.view(-1, config.seq_len), labels.view(-1, config.seq_len))
+    trainer = MoETrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,  # so that every checkpoint of Trainer can be gone on from
+    )
     folder = config.out / "trainer"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     model.config.output_router_logits = False

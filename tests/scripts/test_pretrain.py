@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from moekit.moe import expert_layers
-from moekit.scripts.pretrain import END_ID, PretrainConfig, domain_shares, main, pack
+from moekit.scripts.pretrain import (
+    END_ID,
+    Example,
+    PretrainConfig,
+    domain_shares,
+    main,
+    pack,
+    tokenise,
+    train_tokenizer,
+)
 from moekit.scripts.sample import SampleConfig
 from moekit.scripts.sample import main as sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,17 +33,36 @@ def test_shares_that_cannot_be_are_refused(asked: dict[str, float]) -> None:
         domain_shares({"a": 1, "b": 1}, asked)
 
 
+EXAMPLES = {
+    "a": [Example([10] * 5, prompt_length=2), Example([11] * 7)],
+    "b": [Example([20] * 3), Example([21] * 9, prompt_length=9)],
+}
+
+
 def test_packing_keeps_the_shares_and_ends_every_document() -> None:
-    tokens = {"a": [[10] * 5, [11] * 7], "b": [[20] * 3, [21] * 9]}
-    stream = pack(tokens, {"a": 0.75, "b": 0.25}, length=4000, eos=END_ID, seed=0)
-    assert stream.shape == (4000,)
+    stream, labels = pack(EXAMPLES, {"a": 0.75, "b": 0.25}, length=4000, seed=0)
     counts = Counter(stream.tolist())
     of_a = counts[10] + counts[11] + counts[10] // 5 + counts[11] // 7
     assert of_a / 4000 == pytest.approx(0.75, abs=0.01)
     documents = " ".join(map(str, stream.tolist())).split(f" {END_ID} ")
     assert set(documents[:-1]) == {" ".join([str(i)] * n) for i, n in ((10, 5), (11, 7), (20, 3), (21, 9))}
-    assert torch.equal(stream, pack(tokens, {"a": 0.75, "b": 0.25}, length=4000, eos=END_ID, seed=0))
-    assert not torch.equal(stream, pack(tokens, {"a": 0.75, "b": 0.25}, length=4000, eos=END_ID, seed=1))
+    learned = Counter(labels.tolist())
+    assert learned[11] == counts[11]
+    assert learned[10] == pytest.approx(counts[10] * 3 / 5, abs=3)
+    assert learned[21] == 0
+    assert bool(((labels == stream) | (labels == -100)).all())
+    assert torch.equal(stream, pack(EXAMPLES, {"a": 0.75, "b": 0.25}, length=4000, seed=0)[0])
+    assert not torch.equal(stream, pack(EXAMPLES, {"a": 0.75, "b": 0.25}, length=4000, seed=1)[0])
+
+
+def test_a_prompt_ends_where_the_marker_ends() -> None:
+    texts = ["Q: 1 + 2 =\nA: 3\n", "no question"]
+    tokenizer = train_tokenizer({"text": texts * 20}, 280)
+    with_answer, without = tokenise(texts, tokenizer, "\nA:")
+    assert tokenizer.decode(with_answer.ids[: with_answer.prompt_length]) == "Q: 1 + 2 =\nA:"
+    assert tokenizer.decode(with_answer.ids[with_answer.prompt_length :]) == " 3\n"
+    assert without.prompt_length == 0
+    assert tokenise(texts, tokenizer, None)[0].prompt_length == 0
 
 
 @pytest.mark.slow
@@ -55,6 +83,17 @@ def test_recipe_runs_on_any_text(tmp_path: Path) -> None:
     assert expert_layers(model)[0].num_experts == 4
     assert tokenizer.decode(tokenizer("Q: sum 12 + 12")["input_ids"]) == "Q: sum 12 + 12"
     assert len(tokenizer("12345")["input_ids"]) == 5
+    more = PretrainConfig(
+        data=str(data),
+        out=tmp_path / "more",
+        init=config.out,
+        answer_marker="\nA:",
+        steps=2,
+        batch_size=2,
+        seq_len=32,
+    )
+    main(more)
+    assert expert_layers(AutoModelForCausalLM.from_pretrained(more.out))[0].num_experts == 4
 
 
 def test_sample_takes_so_many_characters_of_each_domain(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class CostConfig:
     tokens: int = 2048
     """T of a forward, in sequences of `seq_len`."""
     seq_len: int = 256
-    repeats: int = 11
+    repeats: int = 21
     """Pairs of a bare and a recorded forward, after two that do not count."""
     implementations: tuple[str, ...] = ("grouped_mm", "eager")
     """Of the experts."""

@@ -1,5 +1,6 @@
 """Fewer experts: similarity, grouping, alignment, merging, and the plan that applies them."""
 
+from .activation_matching import match_activations
 from .alignment import Alignment, activation_permutation, align_expert, permute_expert
 from .apply import apply_plan
 from .fidelity import DomainFidelity, Estimate, FidelityReport, compare_models, confidence_interval
@@ -55,6 +56,7 @@ __all__ = [
     "generate_completions",
     "group_weights",
     "loop_share",
+    "match_activations",
     "merge_experts",
     "merge_groups",
     "output_similarity",

@@ -2,6 +2,7 @@
 
 # E experts, M merged experts
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,15 +13,24 @@ from ..moe.checkpoint import update_expert_count
 from ..moe.discovery import expert_layers
 from ..moe.layer import ExpertLayer
 from ..moe.router import mix_router_rows
+from ..moe.samples import InputSamples
 from ..moe.weights import ExpertWeights
-from .alignment import align_expert, permute_expert
+from .activation_matching import check_samples, match_activations
+from .alignment import Alignment, align_expert, permute_expert
 from .layer_plan import ExpertGroup, LayerPlan
 from .merging import merge_experts
-from .plan import AlignmentRule, CompressionPlan
+from .plan import CompressionPlan
+
+Aligner = Callable[[int, int], Alignment]
+"""From two experts of a layer, how to bring the first into the second's order."""
 
 
 def apply_plan(
-    model: PreTrainedModel, plan: CompressionPlan, *, progress: bool = False
+    model: PreTrainedModel,
+    plan: CompressionPlan,
+    *,
+    samples: InputSamples | None = None,
+    progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Merge and remove experts of a model, in place, as a plan says.
 
@@ -30,6 +40,8 @@ def apply_plan(
     Args:
         model: The model that the plan was made for.
         plan: What to do; may have been edited.
+        samples: What the experts read, by ``record_inputs``; needed, and read, for the alignment
+            ``activations`` only.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -38,19 +50,22 @@ def apply_plan(
         ``distance_after`` the alignment; ``None`` where none was aligned.
 
     Raises:
-        ValueError: The plan does not fit the model, or the weights of a layer hold NaN or infinity.
+        ValueError: The plan or the samples do not fit the model, samples are missing, or the weights of a
+            layer hold NaN or infinity.
 
     Reference: Li et al., "Merge, Then Compress" (MC-SMoE, ICLR 2024), algorithm 1, arXiv:2310.01334; the
     router modes ``slice``, ``mean`` and ``logsumexp`` are moekit's own.
     """
     layers = {layer.name: layer for layer in expert_layers(model)}
     plan.validate_against(list(layers.values()))
+    if plan.alignment.method == "activations":
+        check_samples(samples, layers, plan.layers)
     for layer_plan in plan.layers:
         if not layer_plan.is_identity:
             _check_finite(layers[layer_plan.name])
     report = {}
     for layer_plan in tqdm(plan.layers, desc="merging", unit="layer", disable=not progress):
-        report[layer_plan.name] = _apply_to_layer(layers[layer_plan.name], layer_plan, plan)
+        report[layer_plan.name] = _apply_to_layer(layers[layer_plan.name], layer_plan, plan, samples)
     if plan.form == "stock":
         # Uniform, as the plan has made sure.
         update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)
@@ -58,11 +73,14 @@ def apply_plan(
 
 
 @torch.no_grad()
-def _apply_to_layer(layer: ExpertLayer, layer_plan: LayerPlan, plan: CompressionPlan) -> dict[str, Any]:
+def _apply_to_layer(
+    layer: ExpertLayer, layer_plan: LayerPlan, plan: CompressionPlan, samples: InputSamples | None
+) -> dict[str, Any]:
     distances: list[tuple[float, float]] = []
     if not layer_plan.is_identity:
         experts = layer.experts()
-        merged = [_merge_group(experts, group, plan.alignment, distances) for group in layer_plan.groups]
+        align = _aligner(layer, plan, samples)
+        merged = [_merge_group(experts, group, align, distances) for group in layer_plan.groups]
         router = "logsumexp" if plan.router == "logsumexp" else "redirect"
         layer.replace_experts(merged, layer_plan.expert_map, router=router)
         if plan.router == "mean":
@@ -79,10 +97,28 @@ def _apply_to_layer(layer: ExpertLayer, layer_plan: LayerPlan, plan: Compression
     }
 
 
+def _aligner(layer: ExpertLayer, plan: CompressionPlan, samples: InputSamples | None) -> Aligner | None:
+    """How the plan aligns the experts of a layer; None where it does not."""
+    experts, rule = layer.experts(), plan.alignment
+    if rule.method == "none":
+        return None
+    if rule.method == "weights":
+        return lambda expert, reference: align_expert(
+            experts[expert], experts[reference], include_down=rule.include_down
+        )
+    assert samples is not None  # by `check_samples`
+    return lambda expert, reference: match_activations(
+        layer,
+        experts[expert],
+        experts[reference],
+        samples.layers[layer.name].routed_to(expert, reference),
+    )
+
+
 def _merge_group(
     experts: list[ExpertWeights],
     group: ExpertGroup,
-    rule: AlignmentRule,
+    align: Aligner | None,
     distances: list[tuple[float, float]],
 ) -> ExpertWeights:
     """One expert of a group; appends the members' distances to the reference before and after alignment."""
@@ -95,10 +131,9 @@ def _merge_group(
 
     def ordered(index: int) -> ExpertWeights:
         expert = experts[index]
-        if rule.method == "none" or index == group.reference:
+        if align is None or index == group.reference:
             return expert
-        alignment = align_expert(expert, reference, include_down=rule.include_down)
-        aligned = permute_expert(expert, *alignment)
+        aligned = permute_expert(expert, *align(index, group.reference))
         distances.append((_distance(expert, reference), _distance(aligned, reference)))
         return aligned
 

@@ -55,7 +55,9 @@ def plan_m_smoe(
         similarity: Who resembles whom: ``router-logits`` (the paper's), ``weights`` (of experts aligned to
             the most used one, which holds one aligned copy of a layer) or ``outputs``.
         weighting: What members weigh: ``frequency`` or ``equal``.
-        alignment: ``weights`` aligns the members of a group before they are added; ``none`` does not.
+        alignment: How the neurons of a group's members are matched before they are added: by ``weights``, by
+            ``activations`` on sampled tokens (which ``apply_plan`` then needs), or ``none``: not at all. For
+            ``similarity="weights"`` experts are matched by weights, unless ``none``.
         reference: Whose neuron order they take: the ``dominant`` expert's of their group, or the ``first``
             of the layer's.
         router: ``redirect``, ``slice``, ``mean`` or ``logsumexp``; see ``ROUTERS``.
@@ -103,7 +105,7 @@ def plan_m_smoe(
             cores = most_used_members(group_of_E, known.counts).tolist()
         else:
             cores = choose_cores(layer, known.counts, num_groups, router)
-            similarity_EE = layer_similarity(layer, known, similarity, align=alignment == "weights")
+            similarity_EE = layer_similarity(layer, known, similarity, align=alignment != "none")
             group_of_E = assign_groups(similarity_EE, known.counts, cores, capacity=capacity)
         shares_E = group_weights(group_of_E, known.counts, weighting=weighting)
         planned.append(_layer_plan(layer, group_of_E, cores, shares_E, reference))

@@ -39,7 +39,8 @@ ROUTERS = ("redirect", "slice", "mean", "logsumexp")
 """``redirect`` keeps all E rows and sends each choice to its group; ``slice`` keeps the cores' rows; ``mean``
 gives each core its group's weighted mean row; ``logsumexp`` chooses groups by their exact probability."""
 
-ALIGNMENTS = ("weights", "none")
+ALIGNMENTS = ("weights", "activations", "none")
+"""``weights`` matches neurons by their weights, ``activations`` by what they do on sampled tokens."""
 
 Layer: TypeAlias = Any  # an ExpertLayer; to import it would be to import torch
 
@@ -79,9 +80,9 @@ class AlignmentRule:
     """How the members of a group are aligned before they are added."""
 
     method: str = "weights"
-    """``weights`` (weight matching) or ``none``."""
+    """One of ``ALIGNMENTS``; for ``activations``, `apply_plan` needs samples."""
     include_down: bool = True
-    """Whether the down projection takes part in the matching."""
+    """Whether the down projection takes part in the matching of ``weights``."""
 
     def __post_init__(self) -> None:
         """Refuse an unknown method."""

@@ -4,6 +4,7 @@ Importing this package registers the moekit checkpoint form with Transformers, s
 ``AutoModelForCausalLM.from_pretrained`` loads it.
 """
 
+from .activations import neuron_activations
 from .checkpoint import MoekitConfig, MoekitQuantizer, save_checkpoint, update_expert_count
 from .data import TokenBlocks, check_tokenizer, split_blocks, token_blocks
 from .discovery import UnsupportedModelError, expert_layers
@@ -12,6 +13,7 @@ from .footprint import Footprint, footprint
 from .layer import ExpertLayer, Routing
 from .recording import record_routing
 from .router import RouterConstraints
+from .samples import InputSamples, LayerSample, record_inputs
 from .statistics import LayerStatistics, RoutingStatistics
 from .trainer import ExpertSafeCheckpoints, MoETrainer
 from .weights import ExpertWeights
@@ -22,6 +24,8 @@ __all__ = [
     "ExpertSafeCheckpoints",
     "ExpertWeights",
     "Footprint",
+    "InputSamples",
+    "LayerSample",
     "LayerStatistics",
     "MoETrainer",
     "MoekitConfig",
@@ -35,6 +39,8 @@ __all__ = [
     "expert_layers",
     "footprint",
     "load_documents",
+    "neuron_activations",
+    "record_inputs",
     "record_routing",
     "save_checkpoint",
     "split_blocks",

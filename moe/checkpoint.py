@@ -47,9 +47,7 @@ class MoekitConfig(QuantizationConfigMixin):
         ValueError: The version is newer than this moekit, or an entry cannot be.
     """
 
-    def __init__(
-        self, layers: dict[str, dict[str, Any]] | None = None, version: int = VERSION, **_: Any
-    ) -> None:
+    def __init__(self, layers: dict[str, Any] | None = None, version: int = VERSION, **_: Any) -> None:
         if version != VERSION:
             raise ValueError(
                 f"this checkpoint is of moekit format {version}; this moekit reads {VERSION}: update it"

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .layer import ExpertLayer
 
 PARTS = ("embeddings", "attention", "routers", "experts", "shared experts", "other")
-"""In the order of reports; ``other`` is norms, dense feed-forward layers and heads of its own."""
+"""In the order of reports; ``attention`` counts linear attention and state-space mixers in; ``other`` is
+norms between layers, dense feed-forward layers and heads of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +58,12 @@ def footprint(model: nn.Module, layers: Iterable[ExpertLayer]) -> Footprint:
     routers = tuple(prefixes[layer.router] + "." for layer in layers)
     experts = tuple(prefixes[layer.experts_module] + "." for layer in layers)
     blocks = tuple(layer.name + "." for layer in layers)
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    embeddings = tuple(prefixes[module] + "." for module in ends if module in prefixes)
     parameters: dict[str, int] = dict.fromkeys(PARTS, 0)
     sizes = parameters.copy()
     for name, tensor in stored_tensors(model).items():
-        part = _part(name, routers, experts, blocks)
+        part = "embeddings" if name.startswith(embeddings) else _part(name, routers, experts, blocks)
         if tensor.is_floating_point():
             parameters[part] += tensor.numel()
         sizes[part] += tensor.numel() * tensor.element_size()
@@ -74,9 +77,12 @@ def _part(name: str, routers: tuple[str, ...], experts: tuple[str, ...], blocks:
         return "experts"
     if name.startswith(blocks) and "shared" in name:
         return "shared experts"
-    if "embed" in name or name.startswith("lm_head"):
+    if "embed" in name:
         return "embeddings"
-    if "attn" in name or "attention" in name.lower():
+    steps = [step.lower() for step in name.split(".") if "norm" not in step]  # post_attention_layernorm
+    if any("attn" in step or "attention" in step for step in steps):
+        return "attention"
+    if not name.startswith(blocks) and any("mixer" in step or "mamba" in step for step in steps):
         return "attention"
     return "other"
 

@@ -190,7 +190,10 @@ class ExpertLayer:
             outputs_SD = inner(rows_SD, *self.physical_choices(*choices))
             outputs_TKD = outputs_SD.view(*ids_TK.shape, -1)
             on_outputs(ids_TK, weights_TK, outputs_TKD)
-            return (outputs_TKD * weights_TK.unsqueeze(-1)).sum(1).to(hidden_TD.dtype).view(hidden_TD.shape)
+            summed_TD = outputs_TKD[:, 0] * weights_TK[:, :1]
+            for choice in range(1, num_choices):  # product and sum at once would need another [T, K, D]
+                summed_TD = summed_TD.addcmul(outputs_TKD[:, choice], weights_TK[:, choice, None])
+            return summed_TD.to(hidden_TD.dtype).view(hidden_TD.shape)
 
         forward.observes_outputs = True  # pyright: ignore[reportFunctionMemberAccess]
         with self.observe(lambda _, ids, weights: routed.append((ids, weights))):

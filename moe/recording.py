@@ -9,98 +9,33 @@ computing anything twice, and are then weighted and added as before.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from inspect import signature
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .discovery import expert_layers
 from .layer import ExpertLayer
+from .masks import AttentionMasks, LayerMasks
 from .statistics import LayerStatistics, RoutingStatistics
-
-
-class _Masks:
-    """The attention masks of the running forwards: which of a layer's tokens count.
-
-    Every Transformers model on the way to a layer is watched. The innermost knows best: a decoder behind an
-    encoder is called with its own mask, under the same name.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.models = [m for m in model.modules() if m is model or isinstance(m, PreTrainedModel)]
-        self.running: dict[nn.Module, Any] = {}
-        # Behind an encoder the outer model's `attention_mask` is that of the encoder.
-        self.ask_outer_models = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Keep track of the masks inside the context."""
-
-        def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = signature(module.forward).bind_partial(*args, **kwargs).arguments
-            self.running[module] = (bound | bound.get("kwargs", {})).get("attention_mask")
-
-        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.running.pop(module, None)
-
-        with ExitStack() as stack:
-            for model in self.models:
-                handle = model.register_forward_pre_hook(start, with_kwargs=True)
-                stack.callback(handle.remove)
-                stack.callback(model.register_forward_hook(stop, always_call=True).remove)
-            yield
-
-    def models_around(self, layer: ExpertLayer) -> list[nn.Module]:
-        """The models that a layer is part of, innermost first."""
-        return [m for m in reversed(self.models) if any(layer.block is part for part in m.modules())]
-
-    def of(self, layer: ExpertLayer, models: list[nn.Module], num_tokens: int) -> Tensor | None:
-        """``[T]`` bool, or ``None`` when every token counts."""
-        masks = [self.running[m] for m in models if m in self.running]
-        masks = [mask for mask in (masks if self.ask_outer_models else masks[:1]) if mask is not None]
-        readable = [mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2]
-        if not masks:
-            return None
-        if not readable:
-            raise ValueError(
-                f"layer {layer.name!r}: recording needs the attention mask as [batch, length], to leave "
-                "padding out; a prepared 4-D mask does not say it (in generate: use the dynamic cache)"
-            )
-        # With a key-value cache the mask also covers the past; only the last columns are being computed.
-        mask = readable[0]
-        columns, rest = divmod(num_tokens, mask.shape[0])
-        if rest or columns > mask.shape[1]:
-            raise ValueError(
-                f"layer {layer.name!r} got {num_tokens} tokens, which an attention mask of shape "
-                f"{tuple(mask.shape)} does not cover"
-            )
-        return mask[:, mask.shape[1] - columns :].flatten().bool()
 
 
 class _LayerRecorder:
     """Adds up one layer's statistics on the layer's own device."""
 
-    def __init__(self, layer: ExpertLayer, masks: _Masks) -> None:
+    def __init__(self, layer: ExpertLayer, masks: LayerMasks) -> None:
         self.layer = layer
         self.masks = masks
-        self.models = masks.models_around(layer)
         self.sums = LayerStatistics.zeros(layer.num_experts, layer.hidden_size, layer.top_k)
         for name, tensor in self.sums.tensors.items():
             setattr(self.sums, name, tensor.to(layer.device))
         self.entropy = torch.zeros((), dtype=torch.float64, device=layer.device)
 
-    @property
-    def is_running(self) -> bool:
-        """False while gradient checkpointing repeats a forward, whose tokens have been counted."""
-        return any(model in self.masks.running for model in self.models)
-
     def add_logits(self, logits_TE: Tensor) -> None:
         """Gram matrix and entropy of the router logits."""
-        if not self.is_running:
+        if not self.masks.is_running:
             return
-        mask_T = self.masks.of(self.layer, self.models, logits_TE.shape[0])
+        mask_T = self.masks.of(logits_TE.shape[0])
         with torch.no_grad(), torch.autocast(logits_TE.device.type, enabled=False):
             logits_TE = _at_least_float(logits_TE)
             logits_TE = logits_TE if mask_T is None else logits_TE[mask_T.to(logits_TE.device)]
@@ -109,10 +44,10 @@ class _LayerRecorder:
 
     def add_choices(self, ids_TK: Tensor, weights_TK: Tensor, outputs_TKD: Tensor) -> None:
         """Everything that is summed over the tokens of an expert."""
-        if not self.is_running:
+        if not self.masks.is_running:
             return
         num_tokens = len(ids_TK)
-        mask_T = self.masks.of(self.layer, self.models, num_tokens)
+        mask_T = self.masks.of(num_tokens)
         # A weight of 0 is a choice that was not served (over capacity); ids from E on have no weights.
         real_TK = (weights_TK != 0) & (ids_TK < self.layer.num_experts)
         if mask_T is not None:
@@ -185,8 +120,8 @@ def record_routing(
     """
     layers = expert_layers(model) if layers is None else layers
     statistics = RoutingStatistics()
-    masks = _Masks(model)
-    recorders = [_LayerRecorder(layer, masks) for layer in layers]
+    masks = AttentionMasks(model)
+    recorders = [_LayerRecorder(layer, masks.around(layer)) for layer in layers]
     with ExitStack() as stack:
         stack.enter_context(masks.watch())
         for recorder in recorders:

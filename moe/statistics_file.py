@@ -58,14 +58,19 @@ def write_records(
         f"{name}.{key}": record[key].contiguous() for name, record in records.items() for key in TENSORS
     }
     file = _file(path)
+    write_tensors(file, tensors, {"format": FORMAT, "version": str(VERSION), "statistics": header})
+    return file
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes one safetensors file, whole or not at all; missing folders are made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, {"format": FORMAT, "version": str(VERSION), "statistics": header})
+        save_file(tensors, temporary, metadata)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
-    return file
 
 
 def read_records(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..moe.data import TokenBlocks, load_documents, split_blocks, token_blocks
 from ..moe.discovery import expert_layers
 from ..moe.layer import ExpertLayer
 from ..moe.recording import record_routing
+from ..moe.samples import InputSamples, record_inputs
 from ..moe.statistics import LayerStatistics, RoutingStatistics
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,15 @@ class Texts:
 
     calibration: TokenBlocks
     held_out: TokenBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was recorded."""
+
+    statistics: RoutingStatistics
+    samples: InputSamples | None
+    """What the experts read, where that was asked for."""
 
 
 def sequence_length(asked: int | None, config: PreTrainedConfig) -> int:
@@ -79,24 +90,31 @@ def read_texts(
 
 
 def calibrate(
-    model: PreTrainedModel, blocks: TokenBlocks, folder: Path, *, batch_size: int, progress: bool
-) -> RoutingStatistics:
-    """Record how a model routes, and keep the sums so far in a folder.
+    model: PreTrainedModel,
+    blocks: TokenBlocks,
+    folder: Path,
+    *,
+    batch_size: int,
+    progress: bool,
+    sample_inputs: bool = False,
+) -> Calibration:
+    """Record how a model routes, and keep what was recorded so far in a folder.
 
-    The order of the additions is that of the blocks, so an interrupted and resumed calibration gives the same
-    numbers, bit for bit, as one that was not.
+    The order of the additions is that of the blocks, and a sample depends only on the order of the tokens, so
+    an interrupted and resumed calibration gives the same numbers, bit for bit, as one that was not.
 
     Args:
         model: The model.
         blocks: What it reads.
-        folder: Where the sums are kept; what an earlier run with the same settings left there is used.
+        folder: Where they are kept; what an earlier run with the same settings left there is used.
         batch_size: Blocks at a time.
         progress: Show a progress bar.
+        sample_inputs: Also sample what the experts read.
     """
     num_batches = -(-len(blocks) // batch_size)
     size = batch_size * -(-num_batches // STEPS)
     starts = range(0, len(blocks), size)
-    done, statistics = _resume(folder, len(starts))
+    done, statistics, samples = _resume(folder, len(starts), sample_inputs)
     if done:
         logger.warning("going on after step %d of %d of the calibration", done, len(starts))
     layers = expert_layers(model)
@@ -105,10 +123,11 @@ def calibrate(
     ) as bar:
         for step in range(done, len(starts)):
             part = blocks.select(range(starts[step], min(starts[step] + size, len(blocks))))
-            statistics = statistics + record(model, layers, part, batch_size)
-            _keep(folder, statistics, step + 1)
+            statistics = statistics + record(model, layers, part, batch_size, samples=samples)
+            _keep(folder, step + 1, statistics, samples)
             bar.update(len(part))
-    return RoutingStatistics(layers=statistics.layers, fingerprint={"data": blocks.fingerprint})
+    named = RoutingStatistics(layers=statistics.layers, fingerprint={"data": blocks.fingerprint})
+    return Calibration(named, samples)
 
 
 def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,12 +156,17 @@ def record(
     blocks: TokenBlocks,
     batch_size: int,
     *,
+    samples: InputSamples | None = None,
     progress: bool = False,
 ) -> RoutingStatistics:
-    """Record how a model routes some blocks, at one go."""
+    """Record how a model routes some blocks, at one go, and go on with `samples` of what its experts read."""
     total = -(-len(blocks) // batch_size)
     batches = tqdm(blocks.batches(batch_size), "routing", total=total, unit="batch", disable=not progress)
-    with evaluating(model), record_routing(model, layers) as statistics:
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        statistics = stack.enter_context(record_routing(model, layers))
+        if samples is not None:
+            stack.enter_context(record_inputs(model, layers, samples=samples))
         for batch in batches:
             model(**model_inputs(model, batch))
     return statistics
@@ -160,18 +184,31 @@ def _kept(folder: Path) -> Iterator[tuple[int, Path]]:
         yield int(path.stem.rpartition("-")[2]), path
 
 
-def _resume(folder: Path, num_steps: int) -> tuple[int, RoutingStatistics]:
+def _inputs_file(folder: Path, step: int) -> Path:
+    return folder / f"inputs-{step:04d}.safetensors"
+
+
+def _resume(
+    folder: Path, num_steps: int, sample_inputs: bool
+) -> tuple[int, RoutingStatistics, InputSamples | None]:
     for step, path in _kept(folder):
         try:
             if step <= num_steps:
-                return step, RoutingStatistics.load(path)
+                samples = InputSamples.load(_inputs_file(folder, step)) if sample_inputs else None
+                return step, RoutingStatistics.load(path), samples
         except ValueError as error:
             logger.warning("%s", error)
-    return 0, RoutingStatistics()
+    return 0, RoutingStatistics(), InputSamples() if sample_inputs else None
 
 
-def _keep(folder: Path, statistics: RoutingStatistics, step: int) -> None:
+def _keep(folder: Path, step: int, statistics: RoutingStatistics, samples: InputSamples | None) -> None:
+    # The sums are what counts as kept, so they come last, and go first.
+    if samples is not None:
+        samples.save(_inputs_file(folder, step))
     statistics.save(folder / f"calibration-{step:04d}.safetensors")
     for earlier, path in _kept(folder):
         if earlier < step:
+            path.unlink()
+    for path in folder.glob("inputs-*.safetensors"):
+        if path != _inputs_file(folder, step):
             path.unlink()

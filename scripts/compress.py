@@ -18,7 +18,7 @@ from ..moe.discovery import expert_layers
 from ..moe.footprint import footprint
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import RoutingStatistics
-from .calibrate import calibrate, even_statistics
+from .calibrate import Calibration, calibrate, even_statistics
 from .checkpoint_files import tensor_bytes
 from .console import is_interactive, show, step, warn
 from .load import load_model
@@ -99,7 +99,7 @@ def _only_plan(job: Job) -> None:
     """Make a plan, show it, and save it if a place was named."""
     model, layers = _load(job)
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan(job, layers, _calibrate(job, model, Path(folder)))
+        plan = make_plan(job, layers, _calibrate(job, model, Path(folder)).statistics)
     show(plan.summary())
     out = job.options.out
     if out is None:
@@ -123,10 +123,22 @@ def _load(job: Job) -> tuple[PreTrainedModel, list[ExpertLayer]]:
     return model, layers
 
 
-def _calibrate(job: Job, model: PreTrainedModel, folder: Path) -> RoutingStatistics:
+def _calibrate(job: Job, model: PreTrainedModel, folder: Path, *, sample_inputs: bool = False) -> Calibration:
     blocks = job.texts.calibration
     step(f"Recording the routing of {blocks.num_tokens:,} tokens")
-    return calibrate(model, blocks, folder, batch_size=job.options.batch_size, progress=is_interactive())
+    return calibrate(
+        model,
+        blocks,
+        folder,
+        batch_size=job.options.batch_size,
+        progress=is_interactive(),
+        sample_inputs=sample_inputs,
+    )
+
+
+def _alignment(job: Job) -> str:
+    """How the plan, given or yet to be made, matches neurons."""
+    return job.options.alignment if job.plan is None else job.plan.alignment.method
 
 
 def make_plan(job: Job, layers: list[ExpertLayer], statistics: RoutingStatistics) -> CompressionPlan:
@@ -140,19 +152,21 @@ def _compress(job: Job, staging: Staging) -> Run:
     """Do the work within the hidden folder."""
     options, output = job.options, staging.output
     model, layers = _load(job)
-    statistics = _calibrate(job, model, staging.work)
+    needs_samples = _alignment(job) == "activations"
+    calibration = _calibrate(job, model, staging.work, sample_inputs=needs_samples)
+    statistics = calibration.statistics
     plan = make_plan(job, layers, statistics)
     before, after = footprint(model, layers), predict_footprint(model, plan)
     staging.reserve(after.total_bytes)
     step(f"Merging {sum(p.num_experts for p in plan.layers)} experts into {plan.actual_experts}")
-    merging = apply_plan(model, plan, progress=is_interactive())
+    merging = apply_plan(model, plan, samples=calibration.samples, progress=is_interactive())
     step("Writing the checkpoint and reading it back")
     form = save_checkpoint(model, output, max_shard_size=options.max_shard_size)
     _carry_over(job.source.folder, output)
     plan.save(output / PLAN_FILE)
     statistics.save(output)
     reloaded, difference = verify_reload(model, output, job.texts.held_out)
-    del model, layers  # room for the original
+    del model, layers, calibration  # room for the original
     written = tensor_bytes(output)
     finished = Run(
         options=options,

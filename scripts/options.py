@@ -83,8 +83,9 @@ class CompressOptions(CommonOptions):
     """Which experts count as alike: router-logits unless said otherwise."""
     weighting: Literal["auto", "frequency", "equal"] = "auto"
     """What the members of a group weigh: their use (frequency) unless said otherwise."""
-    alignment: Literal["auto", "weights", "none"] = "auto"
-    """Whether neurons are matched before experts are added: yes (weights) unless said otherwise."""
+    alignment: Literal["auto", "weights", "activations", "none"] = "auto"
+    """How neurons are matched before experts are added: by their weights unless said otherwise, by what they
+    do on a sample of the calibration tokens (activations), or not at all (none)."""
     reference: Literal["auto", "dominant", "first"] = "auto"
     """Whose neuron order they take: the most used expert's (dominant) unless said otherwise."""
     router: Literal["auto", "redirect", "slice", "mean", "logsumexp"] = "auto"

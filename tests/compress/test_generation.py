@@ -125,6 +125,14 @@ def test_the_models_own_sampling_settings_do_not_matter():
     assert model.training
 
 
+def test_a_checkpoint_that_asks_for_router_logits_generates_all_the_same():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    expected = generate_completions(model, tokenizer, ["ab", "abcd"], max_new_tokens=4)
+    model.config.output_router_logits = True
+    assert generate_completions(model, tokenizer, ["ab", "abcd"], max_new_tokens=4) == expected
+    assert model.config.output_router_logits is True
+
+
 def test_a_completion_ends_with_its_end_of_sequence_token():
     model = tiny_model()
     free = [greedy_loop(model, prompt, 9) for prompt in PROMPTS]

@@ -198,7 +198,10 @@ REFUSED_TEXTS = {
     "form": (setting("form", "onnx"), "form='onnx' is not one of moekit, stock"),
     "router": (setting("router", "magic"), "router='magic' is not one of redirect, slice, mean, logsumexp"),
     "stock redirect": (setting("form", "stock"), "router='redirect' keeps a row for every expert"),
-    "alignment": (setting("alignment.method", "x"), "alignment method 'x' is not one of weights, none"),
+    "alignment": (
+        setting("alignment.method", "x"),
+        "alignment method 'x' is not one of weights, activations, none",
+    ),
     "format": (setting("format", "other"), "'format' must be 'moekit.plan'"),
     "version": (setting("version", 2), "its version is 2; this moekit reads 1"),
     "unknown key": (setting("colour", "red"), "plan has the unknown key 'colour'; known are model"),

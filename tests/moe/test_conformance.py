@@ -18,6 +18,7 @@ from moekit.moe import (
     save_checkpoint,
     update_expert_count,
 )
+from moekit.moe.activations import expert_inputs, neuron_activations
 from moekit.moe.discovery import REFUSED
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -67,24 +68,7 @@ def seen_by_experts(
 def reference_expert(layer: ExpertLayer, expert: ExpertWeights, hidden: Tensor) -> Tensor:
     """One expert written out from its canonical weights and the family's own activation."""
     module = layer.experts_module
-    up = torch.nn.functional.linear(hidden, expert.up, expert.up_bias)
-    owner = module if hasattr(module, "act_fn") or hasattr(module, "_apply_gate") else layer.block
-    if expert.gate is None:
-        activation = module.act_fn if hasattr(module, "act_fn") else torch.relu  # Switch
-        inner = activation(up)
-    else:
-        gate = torch.nn.functional.linear(hidden, expert.gate, expert.gate_bias)
-        if hasattr(owner, "_apply_gate"):
-            concatenated = getattr(module, "is_concatenated", True)
-            inner = owner._apply_gate(
-                torch.cat([gate, up], -1) if concatenated else torch.stack([gate, up], -1).flatten(-2)
-            )
-        elif hasattr(owner, "act_fn"):
-            inner = module.act_fn(gate) * up
-        elif hasattr(layer.block, "activation"):
-            inner = layer.block.activation(gate) * up  # JetMoE
-        else:
-            inner = module.mlp.activation_fn(gate) * up  # DBRX
+    inner = neuron_activations(layer, expert, hidden)
     out = torch.nn.functional.linear(inner, expert.down, expert.down_bias)
     return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
@@ -165,13 +149,14 @@ def test_weighted_experts_add_up_to_the_layer(family: str) -> None:
         hidden, ids, weights = seen_by_experts(layer, model, inputs)
         with torch.no_grad():
             actual = layer.run_experts(hidden, ids, weights)
-            scale_input = type(layer).__name__ == "Llama4Layer"
+            read = expert_inputs(layer, hidden, weights)
+            scale_input = read is not hidden  # Llama-4
             expected = torch.zeros_like(actual)
             for index, expert in enumerate(layer.experts()):
                 weight = (weights * (ids == index)).sum(-1, keepdim=True)
                 chosen = (weight != 0).float()
                 if scale_input:
-                    expected += reference_expert(layer, expert, hidden * weight) * chosen
+                    expected += reference_expert(layer, expert, read) * chosen
                 else:
                     expected += reference_expert(layer, expert, hidden) * weight
             expected += hidden * (weights * (ids >= layer.num_experts)).sum(-1, keepdim=True)  # LongCat

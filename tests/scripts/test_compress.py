@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from moekit.compress.plan import CompressionPlan
+from moekit.compress.alignment import permute_expert
+from moekit.compress.layer_plan import ExpertGroup, LayerPlan
+from moekit.compress.plan import AlignmentRule, CompressionPlan, ModelIdentity
 from moekit.moe import expert_layers
 from moekit.scripts import cli, staging
 from moekit.scripts.checkpoint_files import tensor_bytes
@@ -140,6 +142,7 @@ def test_stock_form_loads_where_moekit_was_never_imported(checkpoint, data, tmp_
     [
         ("--method", "frequency"),
         ("--router", "logsumexp"),
+        ("--alignment", "activations"),
         ("--router", "mean", "--similarity", "weights", "--grouping", "uniform"),
         ("--form", "stock", "--router", "mean", "--similarity", "outputs", "--weighting", "equal"),
         ("--grouping", "random", "--alignment", "none", "--reference", "first", "--exclude-layers", "1"),
@@ -178,6 +181,32 @@ def test_plan_only_then_edited_then_carried_out(checkpoint, data, tmp_path, caps
     path.write_text(json.dumps(edited), encoding="utf-8")
     assert compress(checkpoint, data, "--plan", path, "--out", tmp_path / "other") == 2
     assert "expert 2 is in groups 0 and 1 (layer 'model.layers.0.mlp')" in capsys.readouterr().err
+
+
+def test_activation_matching_undoes_a_shuffle_of_neurons(data, tmp_path):
+    model = tiny_qwen()
+    layers = expert_layers(model)
+    for experts in (layer.experts() for layer in layers):
+        for e in range(0, 8, 2):
+            experts[e + 1].copy_(permute_expert(experts[e], torch.randperm(16)))
+    pairs = [ExpertGroup(experts=(e, e + 1), weights=(0.5, 0.5), core=e, reference=e) for e in range(0, 8, 2)]
+    plan = CompressionPlan(
+        model=ModelIdentity.of(layers),
+        method="by hand",
+        form="moekit",
+        router="redirect",
+        alignment=AlignmentRule(method="activations"),
+        layers=tuple(LayerPlan(name=n.name, num_experts=8, top_k=2, groups=tuple(pairs)) for n in layers),
+        requested_experts=8,
+    )
+    path, out = plan.save(tmp_path / "plan.json"), tmp_path / "out"
+    checkpoint = write_checkpoint(tmp_path / "paired", model)
+    assert compress(checkpoint, data, "--plan", path, "--no-report", "--out", out) == 0
+    ids = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        expected, actual = model(ids).logits, load_model(str(out))(ids).logits
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert sum(layer.num_physical_experts for layer in expert_layers(load_model(str(out)))) == 8
 
 
 def test_plan_only_without_out_prints_the_plan(checkpoint, data, capsys):

@@ -67,7 +67,7 @@ def figure(result: dict[str, Any], title: str) -> Figure:
     for index, variant in enumerate(variants):
         measured = [mean_and_interval([row["kl"] for row in rows_of(result, variant, n)]) for n in counts]
         means, halves = zip(*measured, strict=True)
-        places = np.arange(len(counts)) + (index - len(variants) / 2 + 0.5) * 0.06
+        places = np.arange(len(counts)) + (index - len(variants) / 2 + 0.5) * 0.02
         style = {"color": PALETTE[index % len(PALETTE)], "marker": "o", "markersize": 5, "linewidth": 1.6}
         axes.errorbar(places, means, yerr=halves, label=variant, capsize=3, **style)
     axes.set_xticks(range(len(counts)), [f"{n} of {result['num_experts']}" for n in counts])
@@ -84,7 +84,7 @@ def figure(result: dict[str, Any], title: str) -> Figure:
 def write_tables(path: Path, result: dict[str, Any]) -> None:
     """Write `FILE.md` and `FILE.png` beside the JSON file."""
     path.with_suffix(".md").write_text(table(result), encoding="utf-8")
-    figure(result, f"One-shot compression of {result['config']['name']}").savefig(
+    figure(result, f"One-shot compression: {result['config']['name']}").savefig(
         path.with_suffix(".png"), dpi=110
     )
 

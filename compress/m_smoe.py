@@ -6,6 +6,7 @@ Reads routing statistics, and weights only where they are asked for; changes not
 # E experts, M groups
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import LayerStatistics, RoutingStatistics
 from .alignment import align_expert, permute_expert
-from .budget import choose_cores, share_experts
+from .budget import Budget, choose_cores, share_experts
 from .grouping import assign_groups, group_members, most_used_members, random_groups
 from .layer_plan import ExpertGroup, LayerPlan, keep_experts
 from .merging import REFERENCES, WEIGHTINGS, group_weights
@@ -84,7 +85,7 @@ def plan_m_smoe(
     the paper's); no layer is left out by default.
     """
     _check_options(grouping, similarity, weighting, reference, form, router)
-    rule = AlignmentRule(method=alignment)
+    AlignmentRule(method=alignment)  # refuses an unknown one before any work
     budget = share_experts(
         layers,
         statistics,
@@ -109,26 +110,40 @@ def plan_m_smoe(
             group_of_E = assign_groups(similarity_EE, known.counts, cores, capacity=capacity)
         shares_E = group_weights(group_of_E, known.counts, weighting=weighting)
         planned.append(_layer_plan(layer, group_of_E, cores, shares_E, reference))
+    settings = {
+        "experts": experts,
+        "ratio": ratio,
+        "grouping": grouping,
+        "similarity": similarity,
+        "weighting": weighting,
+        "reference": reference,
+        "exclude_layers": sorted(exclude_layers),
+        "capacity": capacity,
+        "ties": ties,
+        "seed": seed,
+    }
+    return _finished_plan(layers, planned, budget, settings, form=form, router=router, alignment=alignment)
+
+
+def _finished_plan(
+    layers: Sequence[ExpertLayer],
+    planned: list[LayerPlan],
+    budget: Budget,
+    settings: dict[str, Any],
+    *,
+    form: str,
+    router: str,
+    alignment: str,
+) -> CompressionPlan:
     plan = CompressionPlan(
         model=ModelIdentity.of(layers),
         method="m-smoe",
         form=form,
         router=router,
-        alignment=rule,
+        alignment=AlignmentRule(method=alignment),
         layers=tuple(planned),
         requested_experts=budget.requested,
-        settings={
-            "experts": experts,
-            "ratio": ratio,
-            "grouping": grouping,
-            "similarity": similarity,
-            "weighting": weighting,
-            "reference": reference,
-            "exclude_layers": sorted(exclude_layers),
-            "capacity": capacity,
-            "ties": ties,
-            "seed": seed,
-        },
+        settings=settings,
         notes=budget.notes,
     )
     plan.validate_against(layers)

@@ -285,12 +285,8 @@ def write_config_aliases(path: Path) -> None:
 def _add_aliases(config: dict[str, Any]) -> None:
     count = next((config[key] for key in EXPERT_COUNT_KEYS if type(config.get(key)) is int), None)
     if count is not None:
-        for key in ("num_experts", "num_local_experts"):
+        for key in ("num_experts", "num_local_experts", "n_routed_experts"):
             config.setdefault(key, count)
-        if "num_experts_per_tok" in config and config.get("model_type", "").startswith(
-            ("deepseek", "glm", "dots")
-        ):
-            config.setdefault("n_routed_experts", count)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])

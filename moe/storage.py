@@ -117,11 +117,12 @@ class FusedStorage:
         old = len(self)
         _set_counts(self.module, old, num_experts)
         for name, parameter in list(self.module.named_parameters(recurse=False)):
-            # LongCat's gate_up_proj has rows for its weightless experts too.
             extra = parameter.shape[0] - old
-            setattr(self.module, name, _resized(parameter, num_experts + extra))
-            if extra:
+            resized = _resized(parameter, num_experts + extra)
+            if extra:  # LongCat's gate_up_proj has rows for its weightless experts too
+                resized.data[num_experts:] = parameter.data[old:]
                 self.module.total_experts = num_experts + extra
+            setattr(self.module, name, resized)
 
 
 class ModuleStorage:

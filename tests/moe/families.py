@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .tiny_models import Family, tiny_inputs
 
-__all__ = ["FAMILIES", "NOT_BUILDABLE", "UNSUPPORTED", "tiny_inputs"]
+__all__ = ["FAMILIES", "UNSUPPORTED", "tiny_inputs"]
 
 GROUPS = {"n_group": 2, "topk_group": 1}
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "full_attention"]}
@@ -272,6 +272,3 @@ UNSUPPORTED: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 """Models that have experts but no routed layer to serve: `expert_layers` refuses them."""
-
-NOT_BUILDABLE: dict[str, str] = {}
-"""Families that cannot be built from their configuration, with the reason. None in transformers 5.23."""

@@ -159,3 +159,15 @@ def test_jetmoe_cannot_lose_router_rows() -> None:
     layer = expert_layers(fresh("jetmoe"))[0]
     with pytest.raises(ValueError, match="num_local_experts counts its attention experts too"):
         layer.remove_experts([0, 1, 2])
+
+
+def test_rows_of_weightless_experts_survive_merging_and_removal() -> None:
+    model = fresh("longcat_flash")
+    layer = expert_layers(model)[0]
+    with torch.no_grad():
+        layer.experts_module.gate_up_proj[8:].fill_(7.0)
+    layer.replace_experts(layer.experts()[:5], [e % 5 for e in range(8)])
+    assert layer.experts_module.gate_up_proj.shape[0] == 5 + 2
+    assert bool((layer.experts_module.gate_up_proj[5:] == 7.0).all())
+    layer.remove_experts([0, 1, 2, 3])
+    assert bool((layer.experts_module.gate_up_proj[4:] == 7.0).all())

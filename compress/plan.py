@@ -31,6 +31,8 @@ __all__ = [
 
 FORMAT = "moekit.plan"
 VERSION = 1
+MAX_EXPERTS = 100_000
+"""Largest number of experts of a layer in a plan that is read."""
 
 FORMS = ("moekit", "stock")
 """Checkpoint forms: ``moekit`` holds any plan exactly; ``stock`` is the family's own class, one M for all."""
@@ -215,6 +217,7 @@ class CompressionPlan:
                 f"its version is {version!r}; this moekit reads {VERSION}: update moekit or plan anew"
             )
         data.pop("actual_experts", None)
+        _check_counts(data.get("layers"))
         return read_record(cls, data, "plan")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -302,6 +305,14 @@ class CompressionPlan:
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _check_counts(layers: Any) -> None:
+    """Refuse counts whose experts could not even be listed."""
+    for index, layer in enumerate(layers if isinstance(layers, list) else ()):
+        count = layer.get("num_experts") if isinstance(layer, dict) else None
+        if isinstance(count, int) and count > MAX_EXPERTS:
+            raise ValueError(f"plan.layers[{index}].num_experts is {count}, more than {MAX_EXPERTS:,}")
 
 
 _HEADER = ("layer", "experts", "groups")

@@ -22,9 +22,20 @@ def parse_json(text: str) -> Any:
     """Parse JSON without Python's leniences.
 
     Raises:
-        ValueError: Not JSON, NaN or Infinity, or a key twice in one table.
+        ValueError: Not JSON, NaN or Infinity, a key twice in one table, nested too deeply, a number of too
+            many digits, or half of a surrogate pair.
     """
-    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        # JSON can spell what no file can hold; it would only be noticed when the plan is saved again.
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"it holds {error.object[error.start]!r}, half of a character's surrogate pair"
+        ) from error
+    return value
 
 
 def format_json(value: Any, indent: int = 0) -> str:
@@ -99,7 +110,10 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     # JSON writes 1.0 as 1, and Python counts True as an int.
     if float in allowed and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise ValueError(f"{where} is {_shown(value)}, larger than any float") from error
     if type(value) not in allowed or (isinstance(value, float) and not math.isfinite(value)):
         names = " or ".join(_NAMES[kind] for kind in allowed)
         raise ValueError(f"{where} is {_shown(value)}, not {names}")

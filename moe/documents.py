@@ -127,6 +127,11 @@ def _parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply to be read as JSON") from error
+    # Python converts no whole number of more than 4,300 digits.
+    except ValueError as error:
+        raise ValueError(f"{where} holds a number of too many digits") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -153,6 +158,7 @@ def _dataset_rows(name: str, split: str, *, streaming: bool) -> Iterator[Any]:
             data = data[split] if isinstance(data, datasets.DatasetDict) else data
         else:
             data = datasets.load_dataset(dataset_name, config or None, split=split, streaming=streaming)
+        yield from data  # which, when streaming, is what reads the files
     # The library raises its own, its file readers' and its transport's errors; all mean the same here.
     except Exception as error:
         place = "a folder" if folder.is_dir() else "not a file or folder here"
@@ -160,7 +166,6 @@ def _dataset_rows(name: str, split: str, *, streaming: bool) -> Iterator[Any]:
             f"data '{name}' ({place}) cannot be loaded by `datasets` with split '{split}': "
             f"{type(error).__name__}: {error}"
         ) from error
-    yield from data
 
 
 def _document(
@@ -177,4 +182,18 @@ def _document(
     if not isinstance(text, str):
         raise ValueError(f"{where}: column '{text_column}' holds a {type(text).__name__}, not text")
     domain = row.get(domain_column)
-    return Document(text, default_domain if domain is None else str(domain))
+    document = Document(text, default_domain if domain is None else str(domain))
+    for column, value in ((text_column, document.text), (domain_column, document.domain)):
+        _check_characters(value, f"{where}: column '{column}'")
+    return document
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can spell but no tokenizer and no file can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds {text[error.start]!r}, half of a character's surrogate pair, at position "
+            f"{error.start}; mend or leave out the row"
+        ) from error

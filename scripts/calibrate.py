@@ -89,6 +89,22 @@ def read_texts(
     return Texts(*split_blocks(blocks, held_out_tokens=held_out, seed=seed))
 
 
+def check_token_ids(blocks: TokenBlocks, model: PreTrainedModel) -> None:
+    """Refuse text whose tokens the model cannot look up; only its shapes are read.
+
+    Raises:
+        ValueError: A token's id is not below the number of rows of the embedding.
+    """
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    largest = int(blocks.input_ids.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer turns the data into token id {largest}, but the model's vocabulary has "
+            f"{vocabulary} tokens, 0 to {vocabulary - 1}: put the model's own tokenizer into its folder, or "
+            "take that token out of the text"
+        )
+
+
 def calibrate(
     model: PreTrainedModel,
     blocks: TokenBlocks,

@@ -6,8 +6,9 @@ header, a JSON table of each tensor's place; so a few kilobytes tell how long th
 
 import hashlib
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -15,6 +16,18 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000
 """Longest header that the format allows, bytes."""
+MAX_DIMENSIONS = 64
+"""Longest shape that torch takes."""
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Of an element of each type that the format knows."""
 
 
 def check_folder(folder: Path) -> None:
@@ -25,6 +38,8 @@ def check_folder(folder: Path) -> None:
             a safetensors file; says which and what to do.
     """
     read_config(folder)
+    if (generation := folder / "generation_config.json").is_file():
+        _read_table(generation)
     for shard in weight_files(folder):
         check_shard(shard)
 
@@ -58,6 +73,12 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = _read_table(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"'{index}' has no weight_map: it is damaged, download it again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or "\0" in name or Path(name).name != name:
+            raise ValueError(
+                f"'{index}' says that {tensor!r} is in {name!r}, which is not the name of a file beside it; "
+                "it is damaged, download it again"
+            )
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise ValueError(
@@ -97,8 +118,20 @@ def tensor_bytes(folder: Path) -> int:
     return sum(_header_and_data_size(path)[1] for path in weight_files(folder))
 
 
+def tensor_elements(folder: Path) -> int:
+    """Elements of all tensors in a folder's weight files."""
+    tables = (_header(path)[1] for path in weight_files(folder))
+    return sum(math.prod(entry["shape"]) for table in tables for entry in table.values())
+
+
 def _header_and_data_size(path: Path) -> tuple[int, int]:
     """Length of the header and of the tensors behind it, as the header says."""
+    length, table = _header(path)
+    return length, max((entry["data_offsets"][1] for entry in table.values()), default=0)
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Length of the header and its checked entries, one for each tensor."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(LENGTH_BYTES)
@@ -107,24 +140,65 @@ def _header_and_data_size(path: Path) -> tuple[int, int]:
                 f"'{path}' is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
             )
         length = int.from_bytes(start, "little")
+        if length > MAX_HEADER:
+            raise ValueError(
+                f"'{path}' is not a safetensors file: its header would have {length:,} bytes; download "
+                "it again"
+            )
         if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
-            if length > MAX_HEADER:
-                raise ValueError(f"'{path}' is not a safetensors file")
             raise ValueError(
                 f"'{path}' is truncated: it ends within its header, after {size:,} bytes; download it again"
             )
         header = file.read(length)
     try:
-        entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"'{path}' is not a safetensors file: its header cannot be read") from error
-    return length, max(ends, default=0)
+        table = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' is not a safetensors file: its header cannot be read as JSON; download it again"
+        ) from error
+    if not isinstance(table, dict):
+        raise ValueError(
+            f"'{path}' is not a safetensors file: its header cannot be read as a table; download it again"
+        )
+    table.pop("__metadata__", None)
+    for name, entry in table.items():
+        if fault := _fault(entry):
+            raise ValueError(
+                f"the header of '{path}' is damaged: tensor {name!r} has {fault}; download the file again"
+            )
+    return length, table
+
+
+def _fault(entry: Any) -> str | None:
+    """What is wrong with a tensor's entry in a header."""
+    if not isinstance(entry, dict):
+        return "no table of dtype, shape and data_offsets"
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"the unknown dtype {_shown(dtype)}"
+    if not _are_sizes(shape):
+        return f"the shape {_shown(shape)}, which is not a list of sizes"
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        return f"the data_offsets {_shown(offsets)}, which are not a start and an end"
+    if (length := offsets[1] - offsets[0]) * 8 != math.prod(shape) * BITS[dtype]:
+        return f"the shape {_shown(shape)} of {dtype} but {length:,} bytes"
+    return None
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def files_fingerprint(folder: Path) -> str:
     """Hash of the names, sizes and times of change of a folder's config, weights and tokenizer."""
-    patterns = ("*.json", "*.safetensors", "*.model", "*.txt")
+    patterns = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken")
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -133,8 +207,10 @@ def files_fingerprint(folder: Path) -> str:
 def _read_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"'{path}' is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"'{path}' is nested too deeply to be read; download it again") from error
     if not isinstance(table, dict):
         raise ValueError(f"'{path}' holds a {type(table).__name__}, not a JSON table")
     return table

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import tyro
@@ -41,14 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: For `--help` (0) and arguments that cannot be parsed (2).
     """
     options = None
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        if arguments == ["--version"]:
+            print(f"moekit {version('moekit')}")
+            return 0
+        options = parse(arguments)
         _job(options)(options)
     except BrokenPipeError:
         # Whoever read the output has gone (`moekit ... | head`); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        _say("interrupted; the output was not touched, and `moekit compress` goes on where it was")
+        resumes = isinstance(options, CompressOptions | DemoOptions) and not getattr(
+            options, "plan_only", False
+        )
+        after = "; the output was not touched, and the same command goes on where it was" if resumes else ""
+        _say(f"interrupted{after}")
         return INTERRUPTED
     except (ValueError, OSError) as error:
         if (options and options.debug) or os.environ.get("MOEKIT_DEBUG"):
@@ -63,7 +72,8 @@ def parse(argv: Sequence[str]) -> CommonOptions:
     return tyro.cli(
         Command,  # pyright: ignore[reportArgumentType]
         prog="moekit",
-        description="Look at sparse Mixture-of-Experts language models, and make them smaller.",
+        description="Look at sparse Mixture-of-Experts language models, and make them smaller. "
+        "`moekit --version` tells the version.",
         args=list(argv) or ["--help"],
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

@@ -25,11 +25,12 @@ from .load import load_model
 from .measure import Measurements, measure
 from .options import CompressOptions
 from .prediction import predict_footprint
-from .prepare import Job, planner_options, prepare
+from .prepare import PLAN_FILE, Job, plan_path, planner_options, prepare
 from .record import (
     Run,
     find_warnings,
     report_content,
+    size_warnings,
     summary_table,
     versions,
     write_model_card,
@@ -38,7 +39,6 @@ from .record import (
 from .staging import Staging, staged_folder
 from .verify import verify_reload
 
-PLAN_FILE = "plan.json"
 CARRIED_OVER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -46,6 +46,8 @@ CARRIED_OVER = (
     "vocab*",
     "merges.txt",
     "*.model",
+    "tekken.json",
+    "*.tiktoken",
     "*.jinja",
     "*processor_config.json",
     "LICENSE*",
@@ -54,8 +56,12 @@ CARRIED_OVER = (
 """Files of the original that belong to the result unchanged."""
 
 
-def run(options: CompressOptions) -> Path | None:
+def run(options: CompressOptions, *, replace: bool = False) -> Path | None:
     """Compress a checkpoint.
+
+    Args:
+        options: What to do.
+        replace: The output folder may hold something, which goes once the new result is whole.
 
     Returns:
         The folder that was made; None when only a plan was.
@@ -64,13 +70,13 @@ def run(options: CompressOptions) -> Path | None:
         ValueError: Something that was asked for cannot be, in almost all cases before any work.
         DiskFullError: There is no room for the result.
     """
+    job = prepare(options, replace=replace)
     torch.manual_seed(options.seed)
-    job = prepare(options)
     if options.plan_only:
         _only_plan(job)
         return None
     assert options.out is not None
-    with staged_folder(options.out, _fingerprint(job)) as staging:
+    with staged_folder(options.out, _fingerprint(job), replace=replace) as staging:
         finished = _compress(job, staging)
     show(summary_table(finished))
     for warning in finished.warnings:
@@ -105,7 +111,7 @@ def _only_plan(job: Job) -> None:
     if out is None:
         show(plan.to_json())
         return
-    path = plan.save(out if out.suffix == ".json" else out / PLAN_FILE)
+    path = plan.save(plan_path(out))
     show(f"plan: {path} (edit it if you like, then give it to --plan)")
 
 
@@ -162,12 +168,13 @@ def _compress(job: Job, staging: Staging) -> Run:
     merging = apply_plan(model, plan, samples=calibration.samples, progress=is_interactive())
     step("Writing the checkpoint and reading it back")
     form = save_checkpoint(model, output, max_shard_size=options.max_shard_size)
-    _carry_over(job.source.folder, output)
+    carry_over(job.source.folder, output)
     plan.save(output / PLAN_FILE)
     statistics.save(output)
     reloaded, difference = verify_reload(model, output, job.texts.held_out)
     del model, layers, calibration  # room for the original
-    written = tensor_bytes(output)
+    source_bytes, written = tensor_bytes(job.source.folder), tensor_bytes(output)
+    sizes = {"source": source_bytes, "loaded": before.total_bytes, "written": written}
     finished = Run(
         options=options,
         model_class=type(reloaded).__name__,
@@ -176,15 +183,23 @@ def _compress(job: Job, staging: Staging) -> Run:
         form=form,
         before=before,
         after=after,
+        source_bytes=source_bytes,
         written_bytes=written,
         merging=merging,
         reload_difference=difference,
         measured=_measure(job, reloaded) if options.report else None,
         data=job.data,
-        warnings=find_warnings(plan, statistics, foretold=after.total_bytes, written=written),
+        warnings=find_warnings(plan, statistics, foretold=after.total_bytes, written=written)
+        + size_warnings(**sizes, dtypes=_dtypes(job, reloaded)),
     )
     _write_records(finished, output)
     return finished
+
+
+def _dtypes(job: Job, result: PreTrainedModel) -> tuple[str, str]:
+    """Names of the original's type, as far as its config says, and of the result's."""
+    stored = job.source.config.dtype or result.dtype
+    return str(stored).removeprefix("torch."), str(result.dtype).removeprefix("torch.")
 
 
 def _write_records(finished: Run, output: Path) -> None:
@@ -210,7 +225,7 @@ def _measure(job: Job, compressed: PreTrainedModel) -> Measurements:
     )
 
 
-def _carry_over(source: Path, output: Path) -> None:
+def carry_over(source: Path, output: Path) -> None:
     """Copy the tokenizer and what else stays as it was."""
     for path in sorted({path for pattern in CARRIED_OVER for path in source.glob(pattern)}):
         if path.is_file():

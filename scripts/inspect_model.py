@@ -17,12 +17,13 @@ from ..moe.documents import load_documents
 from ..moe.footprint import PARTS, expert_bytes, footprint
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import LayerStatistics, RoutingStatistics
-from .calibrate import outlier_experts, record, sequence_length
+from .calibrate import check_token_ids, outlier_experts, record, sequence_length
 from .console import is_interactive, show, step
 from .inspect_tables import model_tables, routing_table
 from .load import ModelSource, load_model, load_tokenizer, open_source, skeleton
 from .options import InspectOptions
 from .prediction import predict_uniform
+from .prepare import check_machine, check_names
 
 SHARES = (0.75, 0.5, 0.25)
 """Of the experts, for which to tell what would be saved."""
@@ -49,6 +50,8 @@ def run(options: InspectOptions) -> dict[str, Any]:
             documents, tokenizer, seq_len=length, max_tokens=options.tokens, seed=options.seed
         )
     model = skeleton(source)
+    if blocks is not None:
+        check_token_ids(blocks, model)
     if options.load_weights:
         step(f"Loading {source.name}")
         model = load_model(source, dtype=options.dtype, device=options.device)
@@ -68,6 +71,8 @@ def run(options: InspectOptions) -> dict[str, Any]:
 
 
 def _check_options(options: InspectOptions) -> None:
+    check_names(options.model, options.data)
+    check_machine(options.device, options.seed)
     if options.data is not None and not options.load_weights:
         raise ValueError("--data needs the weights; leave --no-load-weights out")
     if options.report is not None and options.data is None:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +21,37 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..moe.checkpoint import METHOD, rebuild_layer
+from ..moe.checkpoint import METHOD, MoekitConfig, rebuild_layer
 from ..moe.discovery import UnsupportedModelError, expert_layers
-from .checkpoint_files import check_folder, files_fingerprint
+from ..moe.router import EXPERT_COUNT_KEYS
+from .checkpoint_files import check_folder, files_fingerprint, read_config, tensor_elements
 from .console import is_interactive
 
 __all__ = ["ModelSource", "UnsupportedModelError", "load_model", "load_tokenizer", "open_source", "skeleton"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*"]
 OTHER_FORMATS = ["consolidated*", "*/*"]
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 SCAN_ELEMENTS = 2**24
 """Weights that are looked at together for NaN."""
 DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 """Quantised checkpoints that transformers can turn into ordinary weights while loading."""
+LIMITS = {
+    **dict.fromkeys(EXPERT_COUNT_KEYS, 100_000),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layers", "n_layer"), 10_000),
+}
+"""Largest counts of a config: to build a module for each of more would take for ever."""
+SHOWN_FAULTS = 3
+"""Tensors named in an error."""
+SPARE_SHARE = 1.25
+"""Elements that a model may have for each in its files; a few are computed, or shared and counted twice."""
+REPORTED = re.compile(
+    r"^(?:\x1b\[\d+m)?(.+?) +\| (?:\x1b\[\d+m)?(MISSING|MISMATCH|CONVERSION)"
+    r"(?:.*ckpt: (?:torch.Size)?(\S.*) vs model: ?(?:torch.Size)?(\S.*\S))?",
+    re.MULTILINE,
+)
+"""The faults in the loading report of transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +84,9 @@ def open_source(model: str) -> ModelSource:
         transformers.utils.logging.disable_progress_bar()
     folder = _find(model)
     check_folder(folder)
-    try:
+    _check_counts(read_config(folder), model)
+    with _explained(f"transformers {transformers.__version__} cannot read the config of '{model}'"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(
-            f"transformers {transformers.__version__} cannot read the config of '{model}': {error}"
-        ) from error
     method = _quantisation(config)
     if method not in (None, METHOD, *DEQUANTISED):
         raise ValueError(
@@ -81,7 +94,7 @@ def open_source(model: str) -> ModelSource:
             "checkpoint in float32 or bfloat16"
         )
     source = ModelSource(model, folder, config)
-    expert_layers(skeleton(source))
+    _check_skeleton(source)
     return source
 
 
@@ -102,7 +115,7 @@ def load_model(
     arguments: dict[str, Any] = {}
     if (method := _quantisation(source.config)) in DEQUANTISED:
         arguments["quantization_config"] = getattr(transformers, DEQUANTISED[method])(dequantize=True)
-    with _quietly():
+    with _quietly() as report, _explained(f"the weights of '{source.name}' cannot be loaded", report):
         loaded, info = model_class(source.config).from_pretrained(
             source.folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -142,19 +155,36 @@ def load_tokenizer(model: str | ModelSource) -> PreTrainedTokenizerBase:
 
 
 def skeleton(source: ModelSource) -> PreTrainedModel:
-    """Build a checkpoint's model on the meta device: all shapes and types, no weights, any size at once."""
+    """Build a checkpoint's model on the meta device: all shapes and types, no weights, any size at once.
+
+    Raises:
+        ValueError: The config contradicts itself.
+    """
     dtype = source.config.dtype or torch.float32
-    with torch.device("meta"), _quietly():
-        model = model_class(source.config)._from_config(source.config, dtype=dtype)
+    kind = model_class(source.config)
+    with (
+        torch.device("meta"),
+        _quietly(),
+        _explained(f"no model can be built from the config of '{source.name}'"),
+    ):
+        model = kind._from_config(source.config, dtype=dtype)
     if _quantisation(source.config) == METHOD:
-        layers = {layer.name: layer for layer in expert_layers(model)}
-        for name, entry in _quantisation_table(source.config)["layers"].items():
-            if name not in layers:
-                raise ValueError(
-                    f"the config of '{source.name}' names layer {name!r}, which the model has not"
-                )
-            rebuild_layer(layers[name], entry)
+        with _explained(f"the quantization_config of '{source.name}' cannot be carried out"):
+            _rebuild(model, _quantisation_table(source.config))
     return model.eval()
+
+
+def _rebuild(model: PreTrainedModel, table: dict[str, Any]) -> None:
+    """Give a model the layers that a moekit checkpoint's table says."""
+    entries = table.get("layers")
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError("'layers' is not a table with an entry for each compressed layer")
+    MoekitConfig(**table)  # pyright: ignore[reportCallIssue]  # a dataclass's, they think
+    layers = {layer.name: layer for layer in expert_layers(model)}
+    for name, entry in entries.items():
+        if name not in layers:
+            raise ValueError(f"it names layer {name!r}, which is not among {', '.join(layers)}")
+        rebuild_layer(layers[name], entry)
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -162,7 +192,10 @@ def model_class(config: PreTrainedConfig) -> Any:
 
     Only names of transformers' own models are looked up, never code that comes with a checkpoint.
     """
-    for name in config.architectures or ():
+    names = config.architectures or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config.json says architectures={names!r}, which is not a list of class names")
+    for name in names:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate():
             return found
@@ -214,7 +247,48 @@ def _quantisation(config: PreTrainedConfig) -> str | None:
 
 def _quantisation_table(config: PreTrainedConfig) -> dict[str, Any]:
     table = getattr(config, "quantization_config", None) or {}
+    if not isinstance(table, dict) and not hasattr(table, "to_dict"):
+        raise ValueError(f"config.json says quantization_config={table!r}, which is not a table")
     return table if isinstance(table, dict) else table.to_dict()
+
+
+def _check_counts(table: dict[str, Any], name: str) -> None:
+    """Refuse counts of experts and layers that are none, wherever in the config they are."""
+    tables: list[Any] = [table]
+    while tables:
+        for key, value in tables.pop().items():
+            # What moekit wrote into quantization_config is checked with the layers that it is about.
+            if isinstance(value, dict) and key != "quantization_config":
+                tables.append(value)
+            # Some families count the experts of each layer, or of each modality.
+            for count in value if isinstance(value, list) else [value]:
+                if (
+                    key in LIMITS
+                    and count is not None
+                    and not (type(count) is int and 0 <= count <= LIMITS[key])
+                ):
+                    raise ValueError(
+                        f"the config of '{name}' says {key}={str(count)[:60]}; it must be a whole number "
+                        f"from 0 to {LIMITS[key]:,}"
+                    )
+
+
+def _check_skeleton(source: ModelSource) -> None:
+    """Refuse a config whose layers cannot run, or are far more than the weights in the files."""
+    model = skeleton(source)
+    for layer in expert_layers(model):
+        if not 1 <= layer.top_k <= layer.num_experts:
+            raise ValueError(
+                f"the config of '{source.name}' gives each token {layer.top_k} of the {layer.num_experts} "
+                f"experts of layer {layer.name!r}; it must be 1 to {layer.num_experts}"
+            )
+    needed, stored = sum(p.numel() for p in model.parameters()), tensor_elements(source.folder)
+    # Packed weights count several to an element.
+    if _quantisation(source.config) not in DEQUANTISED and needed > SPARE_SHARE * stored:
+        raise ValueError(
+            f"the config of '{source.name}' describes {needed:,} parameters, but its files hold {stored:,}: "
+            "config and weights do not belong together"
+        )
 
 
 def _device(name: str | None) -> torch.device:
@@ -230,12 +304,65 @@ def _device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence the loading report of transformers; what matters in it is checked and raised."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quietly() -> Iterator[list[str]]:
+    """Silence the loading report of transformers; what matters in it is checked and raised.
+
+    Yields:
+        What would have been said, filled as it comes.
+    """
+    logger, heard = logging.getLogger("transformers"), _Listener()
+    level, handlers, propagates = logger.level, logger.handlers, logger.propagate
+    heard.errors_to = handlers
+    logger.handlers, logger.propagate = [heard], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield heard.messages
+    finally:
+        logger.handlers, logger.propagate = handlers, propagates
+        logger.setLevel(level)
+
+
+class _Listener(logging.Handler):
+    """Keeps messages, and passes on those of errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        self.errors_to: list[logging.Handler] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        if record.levelno >= logging.ERROR:
+            for handler in self.errors_to:
+                handler.handle(record)
+
+
+@contextmanager
+def _explained(what: str, report: Sequence[str] = ()) -> Iterator[None]:
+    """Turn whatever transformers raises at a damaged checkpoint into one ValueError.
+
+    Args:
+        what: Begins its message.
+        report: What transformers said before it raised; the tensors in it are named.
+    """
     try:
         yield
-    finally:
-        logger.setLevel(level)
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    # Configs, their validators, models and safetensors raise what they like; all mean the same here.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if faults := REPORTED.findall("\n".join(report)):
+            shown = ", ".join(_fault(*fault) for fault in faults[:SHOWN_FAULTS])
+            more = f" and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+            reason = f"{shown}{more}; config and weights do not belong together, or a file is incomplete"
+        raise ValueError(f"{what}: {reason}") from error
+
+
+def _fault(name: str, kind: str, stored: str, needed: str) -> str:
+    """What is wrong with a tensor of the loading report."""
+    if kind == "MISSING":
+        return f"{name!r} is missing"
+    if not stored:
+        return f"{name!r} is incomplete or has another shape"
+    return f"{name!r} has the shape {stored} in the files and {needed} in the model"

@@ -15,6 +15,7 @@ OptionalText = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")]
+Switch = Annotated[bool, arg(help_behavior_hint="")]
 Integers = Annotated[tuple[int, ...], arg(metavar="INT ...", help_behavior_hint="")]
 
 
@@ -38,8 +39,9 @@ class InspectOptions(CommonOptions):
     """Also write everything shown to this file."""
     report: OptionalPath = None
     """Also write pictures of load and similarity into this folder; needs --data."""
-    load_weights: bool = True
-    """Whether to read the weights. Without them any size is inspected at once, but no router's rule known."""
+    load_weights: Switch = True
+    """With --no-load-weights: do not read the weights; any size is inspected at once, but no router's rule
+    is known."""
     seq_len: OptionalInt = None
     """Tokens per sequence; 512, or less where the model's context is shorter."""
     tokens: int = 65536
@@ -66,13 +68,14 @@ class CompressOptions(CommonOptions):
     model: Model
     """Folder or hub id of a Mixture-of-Experts checkpoint."""
     out: OptionalPath = None
-    """Folder to make, which may not exist yet or be empty. With --plan-only, a folder or .json file."""
+    """Folder to make, which may not exist yet or be empty. With --plan-only, a folder without a plan.json, or
+    a .json file; a plan there is overwritten."""
     experts: OptionalInt = None
     """Experts to keep in each layer (on average, for --grouping adaptive). Or --ratio, or --plan."""
     ratio: OptionalFloat = None
     """Share of the experts to keep, in (0, 1]."""
     plan: OptionalPath = None
-    """Carry out this plan, perhaps edited, instead of making one."""
+    """Carry out this plan, perhaps edited, instead of making one; what it settles is no longer to be said."""
     plan_only: bool = False
     """Make and show the plan, and stop."""
     method: Literal["m-smoe", "frequency"] = "m-smoe"
@@ -112,10 +115,10 @@ class CompressOptions(CommonOptions):
     """Such as cpu or cuda:0; by default the accelerator, if there is one."""
     answer_marker: str = "\\nA:"
     """What stands before the answer in question-answer documents, which are scored; \\n is a line break."""
-    report: bool = True
-    """Whether to compare the result with the original and write report.html."""
+    report: Switch = True
+    """With --no-report: do not compare the result with the original, and write no report.html."""
     max_shard_size: str = "5GB"
-    """Largest file of weights."""
+    """Largest file of weights, such as 500MB or 5GB."""
 
 
 @dataclass(frozen=True, kw_only=True)

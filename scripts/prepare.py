@@ -1,25 +1,34 @@
 """Everything that `moekit compress` checks before it loads any weights."""
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..compress.budget import share_experts
 from ..compress.methods import METHODS
+from ..compress.plan import FORMAT as PLAN_FORMAT
 from ..compress.plan import CompressionPlan, check_form
 from ..moe.data import check_tokenizer
 from ..moe.discovery import expert_layers
-from .calibrate import Texts, even_statistics, read_texts, sequence_length
+from .calibrate import Texts, check_token_ids, even_statistics, read_texts, sequence_length
 from .load import ModelSource, load_tokenizer, open_source, skeleton
 from .options import CompressOptions
 from .staging import check_output
 
 SAMPLE_FILE = "sample.jsonl"
 """Text that the bundled model was not trained on."""
+PLAN_FILE = "plan.json"
 METHOD_OPTIONS = ("grouping", "similarity", "weighting", "alignment", "reference", "router")
+PLANNED = ("method", "form", *METHOD_OPTIONS, "exclude_layers")
+"""Options that a plan has settled."""
+MAX_SEED = 2**63 - 1
+SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
 _STOCK = {"grouping": "uniform", "router": "slice"}
 
 
@@ -36,11 +45,17 @@ class Job:
     """Given by the user."""
 
 
-def prepare(options: CompressOptions) -> Job:
-    """Check everything that can be checked without loading the weights."""
-    _check_options(options)
+def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
+    """Check everything that can be checked without loading the weights.
+
+    Args:
+        options: What the user asked for.
+        replace: The output folder may hold something.
+    """
+    _check_options(options, replace=replace)
     source = open_source(options.model)
-    layers = expert_layers(skeleton(source))
+    model = skeleton(source)
+    layers = expert_layers(model)
     plan = None if options.plan is None else CompressionPlan.load(options.plan)
     if plan is None:
         sizes = {"experts": options.experts, "ratio": options.ratio, "exclude_layers": options.exclude_layers}
@@ -48,7 +63,7 @@ def prepare(options: CompressOptions) -> Job:
         planner_options(options)
     elif plan.router != "logsumexp":  # whether a router allows that is seen only with its weights
         plan.validate_against(layers)
-    data = options.data or bundled_data(source)
+    data = bundled_data(source) if options.data is None else options.data
     tokenizer = load_tokenizer(source)
     check_tokenizer(tokenizer, source.config)
     texts = read_texts(
@@ -59,26 +74,97 @@ def prepare(options: CompressOptions) -> Job:
         eval_tokens=options.eval_tokens,
         seed=options.seed,
     )
+    for blocks in (texts.calibration, texts.held_out):
+        check_token_ids(blocks, model)
     return Job(options=options, source=source, tokenizer=tokenizer, data=data, texts=texts, plan=plan)
 
 
-def _check_options(options: CompressOptions) -> None:
+def _check_options(options: CompressOptions, *, replace: bool) -> None:
+    check_names(options.model, options.data)
     if options.out is None and not options.plan_only:
         raise ValueError(
             "--out is missing: name the folder to make, or add --plan-only to look at the plan first"
         )
-    if options.out is not None:
-        check_output(options.out)
+    if options.out is not None and options.plan_only:
+        _check_plan_output(options.out)
+    elif options.out is not None:
+        check_output(options.out, replace=replace)
     given = [flag for flag in ("experts", "ratio", "plan") if getattr(options, flag) is not None]
     if len(given) != 1:
         said = "none of them" if not given else " and ".join(f"--{flag}" for flag in given)
         raise ValueError(f"give one of --experts, --ratio and --plan, got {said}")
     if options.plan is not None and options.plan_only:
         raise ValueError("--plan carries out a plan and --plan-only makes one; give either")
+    _check_planned(options)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size} is not a positive number of sequences")
     if not options.answer_marker.strip():
         raise ValueError(f"--answer-marker {options.answer_marker!r} is blank")
+    size = SIZE.fullmatch(options.max_shard_size)
+    if size is None or float(size[1]) == 0:
+        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")
+    check_machine(options.device, options.seed)
+
+
+def check_names(model: str, data: str | None) -> None:
+    """Refuse an empty name, which as a path would be the folder one is in."""
+    if not model.strip():
+        raise ValueError("MODEL is empty; name a folder or a hub id")
+    if data is not None and not data.strip():
+        raise ValueError("--data is empty; name a file, a folder or a `datasets` name")
+
+
+def check_machine(device: str | None, seed: int) -> None:
+    """Refuse a device that is not there, and a seed that torch cannot take."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"--seed {seed} is not between 0 and {MAX_SEED}")
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=torch.device(device))
+    # A device that is unknown, not compiled in or not there; torch has several exceptions for it.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}; try --device cpu") from error
+
+
+def _check_planned(options: CompressOptions) -> None:
+    """Refuse what contradicts a given plan, or the form of checkpoint."""
+    if options.plan is not None:
+        defaults = {field.name: field.default for field in fields(options)}
+        said = [name for name in PLANNED if getattr(options, name) != defaults[name]]
+        if said:
+            flags = ", ".join("--" + name.replace("_", "-") for name in said)
+            raise ValueError(f"--plan has settled {flags}; leave that out, or edit the plan")
+    elif options.form == "stock" and options.exclude_layers:
+        raise ValueError(
+            "--form stock has one number of experts for all layers, so --exclude-layers cannot be; leave it "
+            "out, or take --form moekit"
+        )
+
+
+def plan_path(out: Path) -> Path:
+    """Where `--plan-only --out` puts the plan."""
+    return out if out.suffix == ".json" else out / PLAN_FILE
+
+
+def _check_plan_output(out: Path) -> None:
+    """Refuse a place for a plan where something else is; only a plan that was named is overwritten."""
+    path = plan_path(out)
+    if out.is_file() and path != out:
+        raise ValueError(f"output '{out}' is a file; --out must name a folder or a .json file")
+    if path.is_symlink() or path.is_dir():
+        raise ValueError(f"output '{path}' is a folder or a symbolic link; choose another --out")
+    if not path.exists():
+        return
+    if path != out:
+        raise ValueError(f"'{path}' exists; give --out {path} to overwrite it, or choose another folder")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("format") != PLAN_FORMAT:
+        raise ValueError(f"output '{path}' exists and is not a plan of moekit; choose another --out")
 
 
 def planner_options(options: CompressOptions) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from .options import CompressOptions, command_line
 
 MIN_TOKENS = 32
 """Experts that fewer calibration tokens chose are reported as judged on too few."""
+SIZE_SHARE = 0.02
+"""Difference between the original on disk and in memory that a reader of its size has to know of."""
 RUN_FILE = "run.json"
 FORMAT = "moekit.run"
 
@@ -35,9 +37,12 @@ class Run:
     form: str
     """Of the checkpoint as written: a plan that changes nothing needs no moekit form."""
     before: Footprint
+    """Of the original as it was loaded, which is not as it was stored if `--dtype` changes it."""
     after: Footprint
+    source_bytes: int
+    """Of the tensors in the original's files."""
     written_bytes: int
-    """Of the tensors on disk."""
+    """Of the tensors in the result's files."""
     merging: dict[str, dict[str, Any]]
     """By layer, from `apply_plan`."""
     reload_difference: float
@@ -95,6 +100,34 @@ def find_warnings(
     return tuple(found)
 
 
+def size_warnings(*, source: int, loaded: int, written: int, dtypes: tuple[str, str]) -> tuple[str, ...]:
+    """What keeps the sizes of two checkpoints from showing what the compression alone has saved.
+
+    Args:
+        source: Bytes of the tensors in the original's files.
+        loaded: Bytes of the original's tensors in memory.
+        written: Bytes of the tensors in the result's files.
+        dtypes: Of the original as its config says, and of the result.
+    """
+    found = []
+    if written > source:
+        found.append(
+            f"the result is larger than the original: its weights take {written:,} bytes on disk, the "
+            f"original's {source:,}"
+        )
+    if dtypes[0] != dtypes[1]:
+        found.append(
+            f"the original is {dtypes[0]} and the result {dtypes[1]}: a part of what was lost, and of the "
+            "change in size, comes from that"
+        )
+    if abs(loaded - source) > SIZE_SHARE * source:
+        found.append(
+            f"the original's weights take {source:,} bytes on disk and {loaded:,} as loaded ({dtypes[1]}): "
+            "the sizes of single parts are those in memory, and do not add up to the total before"
+        )
+    return tuple(found)
+
+
 def layer_reports(plan: CompressionPlan, statistics: RoutingStatistics) -> list[LayerReport]:
     """Load, similarity and groups of each layer."""
     reports = []
@@ -117,6 +150,7 @@ def layer_reports(plan: CompressionPlan, statistics: RoutingStatistics) -> list[
 def report_content(run: Run) -> ReportContent:
     """Everything that the report shows."""
     plan, options, measured = run.plan, run.options, run.measured
+    parts = [part for part in PARTS if run.before.bytes[part] or run.after.bytes[part]]
     return ReportContent(
         title=f"{short_name(options.model)}: {run.experts[0]} to {run.experts[1]} experts",
         model=options.model,
@@ -130,11 +164,11 @@ def report_content(run: Run) -> ReportContent:
         plan_hash=plan.hash,
         layers=layer_reports(plan, run.statistics),
         num_parameters=(run.before.total_parameters, run.after.total_parameters),
-        num_bytes=(run.before.total_bytes, run.after.total_bytes),
+        num_bytes=(run.source_bytes, run.written_bytes),
         parameters_by_part={
-            part: (run.before.parameters[part], run.after.parameters[part]) for part in PARTS
+            part: (run.before.parameters[part], run.after.parameters[part]) for part in parts
         },
-        bytes_by_part={part: (run.before.bytes[part], run.after.bytes[part]) for part in PARTS},
+        bytes_by_part={part: (run.before.bytes[part], run.after.bytes[part]) for part in parts},
         overall=None if measured is None else DomainRow.from_measured(measured.fidelity.overall),
         domains=() if measured is None else [DomainRow.from_measured(d) for d in measured.fidelity.domains],
         generation=() if measured is None else measured.generation,
@@ -177,7 +211,11 @@ def write_run_file(run: Run, folder: Path) -> None:
         "metrics": {
             "experts": {"before": run.experts[0], "after": run.experts[1]},
             "footprint": {"before": run.before.to_dict(), "after": run.after.to_dict()},
-            "tensor_bytes": {"predicted": run.after.total_bytes, "written": run.written_bytes},
+            "tensor_bytes": {
+                "source": run.source_bytes,
+                "predicted": run.after.total_bytes,
+                "written": run.written_bytes,
+            },
             "reload_logit_difference": run.reload_difference,
             "merging": run.merging,
             **({} if run.measured is None else run.measured.to_dict()),
@@ -188,13 +226,13 @@ def write_run_file(run: Run, folder: Path) -> None:
     (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether a folder was written by `moekit compress`."""
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """The `run.json` of a folder that `moekit compress` made; empty for any other."""
     try:
         facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(facts, dict) and facts.get("format") == FORMAT
+        return {}
+    return facts if isinstance(facts, dict) and facts.get("format") == FORMAT else {}
 
 
 def write_model_card(run: Run, folder: Path) -> None:
@@ -242,7 +280,7 @@ def summary_rows(run: Run) -> list[tuple[str, str, str]]:
     rows = [
         ("experts in all layers", str(run.experts[0]), str(run.experts[1])),
         ("parameters", millions(before.total_parameters), millions(after.total_parameters)),
-        ("weights on disk", megabytes(before.total_bytes), megabytes(after.total_bytes)),
+        ("weights on disk", megabytes(run.source_bytes), megabytes(run.written_bytes)),
     ]
     if run.measured is None:
         return rows

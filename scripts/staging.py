@@ -64,13 +64,19 @@ class Staging:
             raise DiskFullError(_disk_full(self))
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, *, replace: bool = False) -> None:
     """Refuse a target that would be overwritten.
 
+    Args:
+        out: The target.
+        replace: The caller has made sure that what the folder holds may go.
+
     Raises:
-        ValueError: It is a file, or a folder that is not empty.
+        ValueError: It is a file, a symbolic link, or a folder that is not empty.
     """
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_symlink():
+        raise ValueError(f"output '{out}' is a symbolic link; give the folder that it leads to as --out")
+    if out.is_dir() and any(out.iterdir()) and not replace:
         raise ValueError(f"output folder '{out}' exists and is not empty; choose another --out, or remove it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"output '{out}' is a file; --out must name a folder to make")
@@ -83,13 +89,14 @@ def partial_folder(out: Path) -> Path:
 
 
 @contextmanager
-def staged_folder(out: Path, fingerprint: Mapping[str, Any]) -> Iterator[Staging]:
+def staged_folder(out: Path, fingerprint: Mapping[str, Any], *, replace: bool = False) -> Iterator[Staging]:
     """Give a hidden folder to work in, and rename its `output` to `out` if the block ends well.
 
     Args:
         out: The target; must not exist, or be empty.
         fingerprint: Everything that the work depends on, as JSON values; an earlier run's work is used when
             it was the same.
+        replace: The target may hold something, which goes once the block has ended well.
 
     Yields:
         Folders to write to.
@@ -99,7 +106,7 @@ def staged_folder(out: Path, fingerprint: Mapping[str, Any]) -> Iterator[Staging
         DiskFullError: The disk ran full.
     """
     out = out.expanduser().absolute()
-    check_output(out)
+    check_output(out, replace=replace)
     out.parent.mkdir(parents=True, exist_ok=True)
     # The system drops the lock with the process that holds it, however that ends.
     lock = FileLock(out.with_name(f".{out.name}.moekit-lock"), timeout=0)
@@ -110,10 +117,11 @@ def staged_folder(out: Path, fingerprint: Mapping[str, Any]) -> Iterator[Staging
             f"another moekit{_holder(out)} is writing '{out}'; wait for it, or choose another --out"
         ) from error
     try:
-        check_output(out)
+        check_output(out, replace=replace)
         staging = _prepare(out, fingerprint)
         with _explaining_full_disk(staging):
             yield staging
+            check_output(out, replace=replace)
             _publish(staging)
         Path(lock.lock_file).unlink(missing_ok=True)
     finally:
@@ -156,7 +164,9 @@ def _publish(staging: Staging) -> None:
         _sync(path)
     _sync(staging.output)
     if staging.out.is_dir():
-        staging.out.rmdir()
+        earlier = staging.folder / "replaced"
+        shutil.rmtree(earlier, ignore_errors=True)
+        staging.out.replace(earlier)
     staging.output.replace(staging.out)
     _sync(staging.out.parent)
     shutil.rmtree(staging.folder, ignore_errors=True)

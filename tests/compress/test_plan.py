@@ -369,3 +369,30 @@ def test_a_stock_checkpoint_cannot_hold_all_rows(router: str) -> None:
         ValueError, match=f"router='{router}' keeps a row for every expert.*use router='slice'"
     ):
         check_form("stock", router)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"format": "\\ud800"}', "surrogate pair"),
+        ('{"format": ' + "1" * 5000 + "}", "digits"),
+    ],
+)
+def test_json_that_python_cannot_take_is_refused(tmp_path, text: str, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"plan '.*plan.json': .*{message}"):
+        CompressionPlan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("layers.1.groups.0.weights", [10**400, 1], r"weights\[0\] is 1000.*, larger than any float"),
+        ("layers.1.num_experts", 10**12, r"layers\[1\].num_experts is 1000000000000, more than 100,000"),
+    ],
+)
+def test_numbers_beyond_all_use_are_refused(path: str, value, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompressionPlan.from_json(edited(sample(), setting(path, value)))

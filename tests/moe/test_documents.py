@@ -149,3 +149,41 @@ def test_a_hub_dataset_gives_documents_in_its_own_domain(monkeypatch):
 def test_a_limit_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="limit=0"):
         load_documents(write_jsonl(tmp_path), limit=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.json", "[" * 100_000, r"'\S+d.json' is nested too deeply"),
+        ("d.jsonl", '{"text": "x"}\n' + "[" * 100_000, r"line 2 of '\S+' is nested too deeply"),
+        ("d.jsonl", '{"text": ' + "1" * 5000 + "}", r"line 1 of '\S+' holds a number of too many digits"),
+        (
+            "d.jsonl",
+            r'{"text": "a \ud800 b"}',
+            r"row 1 of '\S+': column 'text' holds .*surrogate.* position 2",
+        ),
+        ("d.jsonl", r'{"text": "x", "domain": "\udc00"}', "row 1 of .* column 'domain' holds .*surrogate"),
+    ],
+)
+def test_json_that_python_cannot_take_is_refused_with_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+
+    with pytest.raises(ValueError, match=message):
+        load_documents(tmp_path / name)
+
+
+def test_a_surrogate_pair_is_one_character(tmp_path):
+    (tmp_path / "d.jsonl").write_text(r'{"text": "\ud83d\ude00"}', encoding="utf-8")
+
+    assert load_documents(tmp_path / "d.jsonl") == [Document("\U0001f600", "d")]
+
+
+def test_a_dataset_that_fails_while_it_is_read_says_so(monkeypatch):
+    def rows():
+        yield {"text": "x"}
+        raise RuntimeError("shard 2 is damaged")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows())
+
+    with pytest.raises(ValueError, match=r"cannot be loaded .*shard 2 is damaged"):
+        load_documents("owner/name")

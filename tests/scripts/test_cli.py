@@ -4,6 +4,7 @@ import subprocess
 import sys
 import typing
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from moekit.compress.merging import REFERENCES, WEIGHTINGS
 from moekit.compress.methods import METHODS
 from moekit.compress.plan import ALIGNMENTS, FORMS, ROUTERS
 from moekit.compress.similarity import SIMILARITIES
-from moekit.scripts import cli, demo, inspect_model
+from moekit.scripts import cli, compress, inspect_model
 from moekit.scripts.options import CompressOptions, InspectOptions, command_line
+
+from .tiny_checkpoints import TEXT_OPTIONS
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["compress", "--help"], ["inspect", "--help"]])
@@ -108,7 +111,37 @@ def test_faults_of_moekit_itself_are_not_hidden(monkeypatch):
 def test_interruption_is_one_line_and_exit_code_130(monkeypatch, capsys):
     failing(monkeypatch, KeyboardInterrupt())
     assert cli.main(["inspect", "m"]) == 130
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == "moekit: interrupted\n"
+
+
+def test_only_what_can_go_on_says_so(monkeypatch, capsys):
+    def run(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress, "run", run)
+    assert cli.main(["compress", "m"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert cli.main(["compress", "m", "--plan-only"]) == 130
+    assert capsys.readouterr().err == "moekit: interrupted\n"
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"moekit {version('moekit')}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "words"),
+    [
+        ("compress", "--no-report", "do not compare the result"),
+        ("inspect", "--no-load-weights", "do not read the weights"),
+    ],
+)
+def test_help_of_a_negative_flag_says_what_the_flag_does(capsys, command, flag, words):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{flag}: {words}" in shown
 
 
 def test_arguments_that_cannot_be_parsed_exit_with_2(capsys):
@@ -125,23 +158,53 @@ def test_job_gets_the_parsed_options(monkeypatch):
     assert seen == [InspectOptions(model="m", tokens=5, load_weights=False)]
 
 
-def test_demo_replaces_only_what_moekit_made(monkeypatch, tmp_path, capsys):
-    bundled = tmp_path / "bundled"
-    bundled.mkdir()
-    monkeypatch.setattr(demo, "bundled_folder", lambda: bundled)
-    asked = []
-    monkeypatch.setattr(demo.compress, "run", asked.append)
-    assert cli.main(["demo"]) == 2
-    assert "came without the demo's model" in capsys.readouterr().err
-    (bundled / "config.json").write_text("{}", encoding="utf-8")
-    out = tmp_path / "demo"
-    out.mkdir()
-    (out / "run.json").write_text('{"format": "moekit.run"}', encoding="utf-8")
-    assert cli.main(["demo", "--out", str(out)]) == 0
-    assert not out.exists()
-    assert asked[0].ratio == 0.5
-    assert asked[0].model == str(bundled)
-    out.mkdir()
-    (out / "thesis.txt").write_text("mine", encoding="utf-8")
-    assert cli.main(["demo", "--out", str(out)]) == 0
-    assert (out / "thesis.txt").read_text(encoding="utf-8") == "mine"
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--experts", 9, "--out", "OUT"), "experts=9 is not between 1 and 8 experts"),
+        (("--experts", 0, "--out", "OUT"), "experts=0 is not between 1 and 8 experts"),
+        (("--experts", 1, "--out", "OUT"), "fewer than its router selects, top_k=2"),
+        (("--ratio", 1.5, "--out", "OUT"), "ratio=1.5 is not a share in (0, 1]"),
+        (("--ratio", 0.5), "--out is missing"),
+        (("--out", "OUT"), "give one of --experts, --ratio and --plan, got none of them"),
+        (("--experts", 4, "--ratio", 0.5, "--out", "OUT"), "got --experts and --ratio"),
+        (("--plan", "none.json", "--out", "OUT"), "there is no plan at 'none.json'"),
+        (("--plan", "p", "--plan-only", "--out", "OUT"), "--plan carries out a plan"),
+        (
+            ("--plan", "p", "--method", "frequency", "--exclude-layers", 1, "--out", "OUT"),
+            "--plan has settled --method, --exclude-layers;",
+        ),
+        (("--plan", "p", "--form", "stock", "--router", "mean", "--out", "OUT"), "--form, --router;"),
+        (("--experts", 4, "--max-shard-size", "big", "--out", "OUT"), "--max-shard-size 'big' is not a size"),
+        (("--experts", 4, "--max-shard-size", "0GB", "--out", "OUT"), "--max-shard-size '0GB'"),
+        (("--experts", 4, "--device", "toaster", "--out", "OUT"), "--device toaster cannot be used"),
+        (("--experts", 4, "--device", "cuda:99", "--out", "OUT"), "--device cuda:99 cannot be used"),
+        (
+            ("--experts", 4, "--seed", -1, "--out", "OUT"),
+            "--seed -1 is not between 0 and 9223372036854775807",
+        ),
+        (("--experts", 4, "--seed", 2**64, "--out", "OUT"), "is not between 0 and"),
+        (("--experts", 4, "--data", "", "--out", "OUT"), "--data is empty"),
+        (
+            ("--experts", 4, "--form", "stock", "--exclude-layers", 1, "--out", "OUT"),
+            "so --exclude-layers cannot be",
+        ),
+        (("--experts", 4, "--exclude-layers", 7, "--out", "OUT"), "the MoE layers are 0 to 1"),
+        (("--experts", 4, "--batch-size", 0, "--out", "OUT"), "--batch-size 0"),
+        (("--experts", 4, "--answer-marker", " ", "--out", "OUT"), "is blank"),
+        (("--experts", 4, "--seq-len", 500, "--out", "OUT"), "more than the model's context of 128"),
+        (("--experts", 4, "--eval-tokens", 3, "--out", "OUT"), "--eval-tokens 3 is less than one sequence"),
+        (("--experts", 4, "--form", "stock", "--router", "redirect", "--out", "OUT"), "router='redirect'"),
+        (("--experts", 4, "--form", "stock", "--grouping", "adaptive", "--out", "OUT"), "form='stock' needs"),
+        (
+            ("--experts", 4, "--method", "frequency", "--similarity", "outputs", "--out", "OUT"),
+            "--similarity does not apply to --method frequency",
+        ),
+    ],
+)
+def test_options_that_cannot_be(checkpoint, data, tmp_path, capsys, options, message):
+    out = tmp_path / "out"
+    given = [str(out if option == "OUT" else option) for option in options]
+    assert cli.main(["compress", str(checkpoint), "--data", str(data), *TEXT_OPTIONS, *given]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.glob("out*")) == []

@@ -15,7 +15,7 @@ from moekit.compress.plan import AlignmentRule, CompressionPlan, ModelIdentity
 from moekit.moe import expert_layers
 from moekit.scripts import cli, staging
 from moekit.scripts.checkpoint_files import tensor_bytes
-from moekit.scripts.compress import planner_options
+from moekit.scripts.compress import carry_over, planner_options
 from moekit.scripts.load import load_model
 from moekit.scripts.options import CompressOptions
 from moekit.scripts.staging import partial_folder
@@ -155,6 +155,30 @@ def test_each_way_of_compression_gives_the_foretold_bytes(checkpoint, data, tmp_
     assert sizes["predicted"] == sizes["written"]
 
 
+def test_sizes_are_those_of_the_files(data, tmp_path, capsys):
+    model = write_checkpoint(tmp_path / "half", tiny_qwen().to(torch.bfloat16))
+    out = tmp_path / "out"
+    assert compress(model, data, "--experts", 6, "--dtype", "float32", "--out", out) == 0
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    sizes = run["metrics"]["tensor_bytes"]
+    assert sizes["source"] == tensor_bytes(model) < sizes["written"] == tensor_bytes(out)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["num_bytes"] == [sizes["source"], sizes["written"]]
+    assert "shared experts" not in report["bytes_by_part"]
+    assert all(any(pair) for pair in report["bytes_by_part"].values())
+    larger, types, parts = run["warnings"][-3:]
+    assert larger.startswith("the result is larger than the original")
+    assert "original is bfloat16 and the result float32" in types
+    assert "do not add up" in parts
+    assert "not smaller" in (out / "README.md").read_text(encoding="utf-8")
+    assert "larger than the original" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_ordinary_result_has_no_warning_about_its_size(whole):
+    warnings = json.loads((whole / "run.json").read_text(encoding="utf-8"))["warnings"]
+    assert not [text for text in warnings if "original" in text]
+
+
 def test_sequence_to_sequence_model_in_bfloat16(data, tmp_path):
     model = write_checkpoint(tmp_path / "switch", tiny_switch())
     out = tmp_path / "out"
@@ -209,43 +233,33 @@ def test_activation_matching_undoes_a_shuffle_of_neurons(data, tmp_path):
     assert sum(layer.num_physical_experts for layer in expert_layers(load_model(str(out)))) == 8
 
 
+def test_a_plan_is_overwritten_and_nothing_else(checkpoint, data, tmp_path, capsys):
+    path, folder = tmp_path / "plan.json", tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    for experts in (4, 6):
+        assert compress(checkpoint, data, "--experts", experts, "--plan-only", "--out", path) == 0
+    assert CompressionPlan.load(path).actual_experts == 12
+    assert compress(checkpoint, data, "--experts", 4, "--plan-only", "--out", folder) == 0
+    assert CompressionPlan.load(folder / "plan.json").actual_experts == 8
+    capsys.readouterr()
+    assert compress(checkpoint, data, "--experts", 6, "--plan-only", "--out", folder) == 2
+    assert "plan.json' exists" in capsys.readouterr().err
+    assert CompressionPlan.load(folder / "plan.json").actual_experts == 8
+    for text in ('{"format": "other"}', "thesis"):
+        path.write_text(text, encoding="utf-8")
+        assert compress(checkpoint, data, "--experts", 4, "--plan-only", "--out", path) == 2
+        assert "is not a plan of moekit" in capsys.readouterr().err
+        assert path.read_text(encoding="utf-8") == text
+    assert compress(checkpoint, data, "--experts", 4, "--plan-only", "--out", folder / "notes.txt") == 2
+    assert "is a file" in capsys.readouterr().err
+
+
 def test_plan_only_without_out_prints_the_plan(checkpoint, data, capsys):
     assert compress(checkpoint, data, "--experts", 4, "--plan-only") == 0
     shown = capsys.readouterr().out
     plan = CompressionPlan.from_json(shown[shown.index("{") :])
     assert plan.actual_experts == 8
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--experts", 9, "--out", "OUT"), "experts=9 is not between 1 and 8 experts"),
-        (("--experts", 0, "--out", "OUT"), "experts=0 is not between 1 and 8 experts"),
-        (("--experts", 1, "--out", "OUT"), "fewer than its router selects, top_k=2"),
-        (("--ratio", 1.5, "--out", "OUT"), "ratio=1.5 is not a share in (0, 1]"),
-        (("--ratio", 0.5), "--out is missing"),
-        (("--out", "OUT"), "give one of --experts, --ratio and --plan, got none of them"),
-        (("--experts", 4, "--ratio", 0.5, "--out", "OUT"), "got --experts and --ratio"),
-        (("--plan", "none.json", "--out", "OUT"), "there is no plan at 'none.json'"),
-        (("--plan", "p", "--plan-only", "--out", "OUT"), "--plan carries out a plan"),
-        (("--experts", 4, "--exclude-layers", 7, "--out", "OUT"), "the MoE layers are 0 to 1"),
-        (("--experts", 4, "--batch-size", 0, "--out", "OUT"), "--batch-size 0"),
-        (("--experts", 4, "--answer-marker", " ", "--out", "OUT"), "is blank"),
-        (("--experts", 4, "--seq-len", 500, "--out", "OUT"), "more than the model's context of 128"),
-        (("--experts", 4, "--eval-tokens", 3, "--out", "OUT"), "--eval-tokens 3 is less than one sequence"),
-        (("--experts", 4, "--form", "stock", "--router", "redirect", "--out", "OUT"), "router='redirect'"),
-        (("--experts", 4, "--form", "stock", "--grouping", "adaptive", "--out", "OUT"), "form='stock' needs"),
-        (
-            ("--experts", 4, "--method", "frequency", "--similarity", "outputs", "--out", "OUT"),
-            "--similarity does not apply to --method frequency",
-        ),
-    ],
-)
-def test_options_that_cannot_be(checkpoint, data, tmp_path, capsys, options, message):
-    out = tmp_path / "out"
-    assert compress(checkpoint, data, *(out if option == "OUT" else option for option in options)) == 2
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.glob("out*")) == []
 
 
 def refused(capsys, model: Path | str, data: Path | str, out: Path, *more: object) -> str:
@@ -262,6 +276,7 @@ def refused(capsys, model: Path | str, data: Path | str, out: Path, *more: objec
 def test_models_that_cannot_be(whole, checkpoint, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert "does not exist" in refused(capsys, "/no/such/model", data, out)
+    assert "MODEL is empty" in refused(capsys, "", data, out)
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     dense = write_checkpoint(tmp_path / "dense", LlamaForCausalLM(config))
     assert "LlamaForCausalLM has no routed experts" in refused(capsys, dense, data, out)
@@ -294,6 +309,32 @@ def test_data_that_cannot_be(checkpoint, tmp_path, capsys):
 def test_a_tokenizer_of_another_model(data, tmp_path, capsys):
     larger = write_checkpoint(tmp_path / "larger", tiny_qwen(vocab_size=len(tiny_tokenizer()) * 3))
     assert "belongs to another model" in refused(capsys, larger, data, tmp_path / "out")
+
+
+def test_text_that_the_vocabulary_does_not_hold(checkpoint, tmp_path, capsys):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"unused{i}" for i in range(VOCABULARY - len(tokenizer))])
+    tokenizer.add_tokens(["outside"])
+    tokenizer.save_pretrained(model)
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("inside outside " * 800, encoding="utf-8")
+    line = refused(capsys, model, text, out, *TEXT_OPTIONS)
+    assert "token id 300, but the model's vocabulary has 300 tokens, 0 to 299" in line
+    assert cli.main(["inspect", str(model), "--data", str(text), "--seq-len", "32"]) == 2
+    assert "token id 300" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_files_of_a_tokenizer_are_carried_over(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    names = {"tekken.json", "qwen.tiktoken", "tokenizer.model", "vocab.json"}
+    for name in (*names, "config.json"):
+        (source / name).write_text(name, encoding="utf-8")
+    carry_over(source, out)
+    assert {path.name for path in out.iterdir()} == names
 
 
 def test_an_output_that_is_not_empty(checkpoint, data, tmp_path, capsys):

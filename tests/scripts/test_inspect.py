@@ -79,3 +79,17 @@ def test_names_of_like_layers_are_joined():
     assert joined_names(["model.layers.3.mlp"]) == "model.layers.3.mlp"
     assert joined_names([f"layers.{i}.mlp" for i in (0, 1, 2, 5)]) == "layers.{0-2,5}.mlp"
     assert joined_names(["a.0.b.0", "a.1.b.1"]) == "a.0.b.0 and 1 more"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seed", "-1", "m"), "--seed -1 is not between 0 and"),
+        (("--device", "toaster", "m"), "--device toaster cannot be used"),
+        (("--data", "", "m"), "--data is empty"),
+        (("",), "MODEL is empty"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_the_model_is_read(capsys, options, message):
+    assert cli.main(["inspect", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,10 +1,12 @@
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 from moekit.moe import UnsupportedModelError, expert_layers, save_checkpoint
+from moekit.scripts import load
 from moekit.scripts.load import load_model, load_tokenizer, open_source, skeleton
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -68,6 +70,17 @@ def test_a_model_that_is_not_there(name, message):
         open_source(name)
 
 
+def test_a_download_takes_the_licence_and_the_tokenizer_along(checkpoint, monkeypatch):
+    def download(name, *, allow_patterns, ignore_patterns):
+        for file in ("LICENSE", "LICENSE.txt", "NOTICE", "tekken.json", "qwen.tiktoken", "model.safetensors"):
+            assert any(fnmatch(file, pattern) for pattern in allow_patterns), file
+        assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in allow_patterns)
+        return str(checkpoint)
+
+    monkeypatch.setattr(load, "snapshot_download", download)
+    assert open_source("owner/name").folder == checkpoint
+
+
 def test_a_file_instead_of_its_folder(checkpoint):
     with pytest.raises(ValueError, match="is a file; give the folder"):
         open_source(str(checkpoint / "model.safetensors"))
@@ -82,7 +95,10 @@ def test_a_folder_without_config(copied):
         open_source(str(copied))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "holds a list")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), ("[]", "holds a list"), ("[" * 100_000, "nested too deeply")],
+)
 def test_a_damaged_config(copied, text, message):
     (copied / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
@@ -230,3 +246,146 @@ def test_a_folder_without_tokenizer(copied):
     (copied / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
         load_tokenizer(str(copied))
+
+
+def sealed(header: object, data: bytes = b"0000") -> bytes:
+    """A safetensors file with any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F99"}, "tensor 'a' has the unknown dtype 'F99'"),
+        ({"dtype": []}, r"the unknown dtype \[\]"),
+        ({"shape": [10**30]}, "which is not a list of sizes"),
+        ({"shape": [-1]}, "which is not a list of sizes"),
+        ({"shape": [2**62] * 100}, "which is not a list of sizes"),
+        ({"shape": [2]}, r"the shape \[2\] of F32 but 4 bytes"),
+        ({"data_offsets": [0, "x"]}, "which are not a start and an end"),
+        ({"data_offsets": [0]}, "which are not a start and an end"),
+        ({"data_offsets": [4, 0]}, "but -4 bytes"),
+        (None, "no table of dtype, shape and data_offsets"),
+    ],
+)
+def test_a_header_that_lies(copied, entry, message):
+    whole = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = {"a": None if entry is None else whole | entry}
+    (copied / "model.safetensors").write_bytes(sealed(header))
+    with pytest.raises(ValueError, match=f"header of .*{message}"):
+        open_source(str(copied))
+
+
+def test_a_header_that_is_nested_too_deeply(copied):
+    (copied / "model.safetensors").write_bytes(sealed(b"[" * 100_000))
+    with pytest.raises(ValueError, match="its header cannot be read"):
+        open_source(str(copied))
+
+
+@pytest.mark.parametrize("name", [5, None, "../model.safetensors", "/etc/passwd", "a\0b"])
+def test_an_index_that_names_no_file_beside_it(copied, name):
+    (copied / "model.safetensors").unlink()
+    index = copied / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")
+    with pytest.raises(ValueError, match="which is not the name of a file beside it"):
+        open_source(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "abc"}, "cannot read the config .*hidden_size"),
+        ({"hidden_size": 0}, "."),
+        ({"num_experts": -1}, "num_experts=-1; it must be a whole number from 0 to 100,000"),
+        ({"num_experts": 2.5}, "num_experts=2.5; it must be"),
+        ({"num_experts": 10**9}, "num_experts=1000000000; it must be"),
+        ({"num_hidden_layers": 200_000}, "num_hidden_layers=200000; it must be .* to 10,000"),
+        ({"num_experts": 32, "num_experts_per_tok": 99}, "99 of the 32 experts"),
+        ({"num_experts": 90_000}, "parameters, but its files hold"),
+        ({"architectures": 5}, "."),
+        ({"dtype": "float99"}, "float99"),
+        ({"quantization_config": "x"}, "."),
+        ({"rope_parameters": "x"}, "."),
+    ],
+)
+def test_a_config_that_cannot_be(copied, changes, message):
+    path = copied / "config.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    # Transformers 5 writes the count under the other name, which would win.
+    if "num_experts" in changes:
+        table.pop("num_local_experts", None)
+    path.write_text(json.dumps(table | changes), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        open_source(str(copied))
+
+
+def test_a_config_without_experts_is_of_a_dense_model(copied):
+    change_config(copied, num_experts=0, num_local_experts=0)
+    with pytest.raises(UnsupportedModelError, match="no routed experts"):
+        open_source(str(copied))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
+def test_a_damaged_generation_config(copied, text):
+    (copied / "generation_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"generation_config.json' (holds a list|is n)"):
+        open_source(str(copied))
+
+
+ENTRY = {"num_experts": 4, "num_router_rows": 8, "router": "redirect"}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, "'layers' is not a table"),
+        ({"layers": 5}, "'layers' is not a table"),
+        ({"layers": {"model.layers.0.mlp": 5}}, "5 is not an entry"),
+        ({"layers": {"model.layers.0.mlp": {}}}, "None experts behind None router rows"),
+        ({"layers": {"model.layers.0.mlp": ENTRY | {"num_experts": -5}}}, "-5 experts behind 8"),
+        ({"layers": {"model.layers.0.mlp": ENTRY | {"num_experts": 4.5}}}, "4.5 experts behind 8"),
+        ({"layers": {"model.layers.0.mlp": ENTRY | {"num_experts": 10**12}}}, "behind 8 router rows"),
+        ({"layers": {"model.layers.0.mlp": ENTRY | {"num_router_rows": 10**12}}}, "built with 8 experts"),
+        ({"layers": {"model.layers.0.mlp": ENTRY | {"router": "evil"}}}, "is not full, redirect"),
+        ({"layers": {"../../x": ENTRY}}, r"names layer '../../x', which is not among model.layers.0.mlp"),
+        ({"layers": {"model.layers.0.mlp": ENTRY}, "version": 99}, "moekit format 99"),
+    ],
+)
+def test_a_table_of_compressed_layers_that_cannot_be(copied, table, message):
+    change_config(copied, quantization_config={"quant_method": "moekit", **table})
+    with pytest.raises(ValueError, match=f"quantization_config of .* cannot be carried out: .*{message}"):
+        open_source(str(copied))
+
+
+def test_an_expert_that_the_checkpoint_lacks(copied):
+    path = copied / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if ".experts." in name)
+    del tensors[lost]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"'model.layers.0.mlp.experts.\S+' has the shape \S*7, .* in the files and \S*8,"
+    ):
+        load_model(str(copied))
+
+
+@pytest.mark.parametrize("part", [".experts.", "model.norm.weight"])
+def test_a_tensor_of_another_shape(copied, part):
+    path = copied / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if part in name)
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"'model.\S+' (has the shape .* in the files and|is incomplete)"):
+        load_model(str(copied))
+
+
+@pytest.mark.parametrize("count", [4, 10])
+def test_a_config_that_counts_other_experts(copied, count):
+    change_config(copied, num_experts=count, num_local_experts=count)
+    with pytest.raises(
+        ValueError,
+        match=rf"'model.layers.\{{0, 1\}}.mlp.\S+' has the shape .*8, .* in the files and \S*{count},",
+    ):
+        load_model(str(copied))

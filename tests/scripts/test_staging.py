@@ -37,6 +37,40 @@ def test_an_empty_folder_may_be_there_already(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_symbolic_link_is_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(ValueError, match=r"link' is a symbolic link; give the folder"):
+        check_output(tmp_path / "link")
+
+
+def test_what_may_be_replaced_stays_until_the_end(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_bytes(b"1")
+    with pytest.raises(RuntimeError, match="midway"), staged_folder(out, SETTINGS, replace=True):
+        raise MIDWAY
+    assert [p.name for p in out.iterdir()] == ["old"]
+    with staged_folder(out, SETTINGS, replace=True) as stage:
+        (stage.output / "new").write_bytes(b"2")
+        assert (out / "old").exists()
+    assert [p.name for p in out.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_came_meanwhile_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+
+    def somebody_writes() -> None:
+        with staged_folder(out, SETTINGS):
+            out.mkdir()
+            (out / "mine").write_bytes(b"1")
+
+    with pytest.raises(ValueError, match="not empty"):
+        somebody_writes()
+    assert [p.name for p in out.iterdir()] == ["mine"]
+
+
 def fail_midway(out: Path, settings: dict, error: Exception = MIDWAY) -> None:
     with staged_folder(out, settings) as stage:
         (stage.output / "half").write_bytes(b"1")

@@ -32,6 +32,8 @@ from .router import CONFIG_PARTS, EXPERT_COUNT_KEYS, set_config_count
 
 METHOD = "moekit"
 VERSION = 1
+MAX_SCALE = 1e6
+"""Far above any routed_scaling_factor; a larger one in a config is damage."""
 
 
 @register_quantization_config(METHOD)
@@ -77,9 +79,10 @@ def _check_entry(name: str, entry: Any) -> None:
             f"layer {name!r}: router='full' needs one row for each of {experts} experts, not {rows}"
         )
     rule = (entry.get("renormalises"), entry.get("scale"))
-    if router == "logsumexp" and not (type(rule[0]) is bool and type(rule[1]) in (int, float)):
+    finite = type(rule[1]) in (int, float) and abs(rule[1]) < MAX_SCALE  # false for NaN too
+    if router == "logsumexp" and not (type(rule[0]) is bool and finite):
         raise ValueError(
-            f"layer {name!r}: router='logsumexp' needs renormalises=true or false and a number as scale, "
+            f"layer {name!r}: router='logsumexp' needs renormalises=true or false and a finite scale, "
             f"not {rule[0]!r} and {rule[1]!r}"
         )
 

@@ -29,7 +29,8 @@ ENTRY = {"num_experts": 4, "num_router_rows": 8, "router": "redirect"}
         (ENTRY | {"num_experts": True}, "True experts behind 8 router rows"),
         (ENTRY | {"router": "mean"}, "router='mean' is not full, redirect or logsumexp"),
         (ENTRY | {"router": "full"}, "router='full' needs one row for each of 4 experts, not 8"),
-        (ENTRY | {"router": "logsumexp"}, "needs renormalises=true or false and a number as scale"),
+        (ENTRY | {"router": "logsumexp"}, "needs renormalises=true or false and a finite scale"),
+        (ENTRY | {"router": "logsumexp", "renormalises": True, "scale": float("nan")}, "a finite scale"),
         (ENTRY | {"router": "logsumexp", "renormalises": True, "scale": "1"}, "not True and '1'"),
     ],
 )

@@ -78,12 +78,12 @@ def _check_entry(name: str, entry: Any) -> None:
         raise ValueError(
             f"layer {name!r}: router='full' needs one row for each of {experts} experts, not {rows}"
         )
-    rule = (entry.get("renormalises"), entry.get("scale"))
-    finite = type(rule[1]) in (int, float) and abs(rule[1]) < MAX_SCALE  # false for NaN too
-    if router == "logsumexp" and not (type(rule[0]) is bool and finite):
+    renormalises, scale = entry.get("renormalises"), entry.get("scale")
+    finite = isinstance(scale, int | float) and abs(scale) < MAX_SCALE  # false for NaN too
+    if router == "logsumexp" and not (type(renormalises) is bool and finite):
         raise ValueError(
             f"layer {name!r}: router='logsumexp' needs renormalises=true or false and a finite scale, "
-            f"not {rule[0]!r} and {rule[1]!r}"
+            f"not {renormalises!r} and {scale!r}"
         )
 
 

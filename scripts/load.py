@@ -132,7 +132,7 @@ def load_model(
     if arguments:
         # What was remembered of the quantised layout would be written into the plain weights' names.
         loaded.__dict__.pop("_weight_conversions", None)
-    loaded = loaded.to(_device(device)).eval()
+    loaded = loaded.to(find_device(device)).eval()
     check_finite(loaded, source.name)
     return loaded
 
@@ -291,7 +291,12 @@ def _check_skeleton(source: ModelSource) -> None:
         )
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The named device, or the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
     if name is None:
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
@@ -299,7 +304,8 @@ def _device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     # A device that is unknown, not compiled in or not there; torch has several exceptions for it.
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).partition(chr(10))[0]}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}; try --device cpu") from error
     return device
 
 

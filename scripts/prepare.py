@@ -7,7 +7,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..compress.budget import share_experts
@@ -17,7 +16,7 @@ from ..compress.plan import CompressionPlan, check_form
 from ..moe.data import check_tokenizer
 from ..moe.discovery import expert_layers
 from .calibrate import Texts, check_token_ids, even_statistics, read_texts, sequence_length
-from .load import ModelSource, load_tokenizer, open_source, skeleton
+from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
 from .options import CompressOptions
 from .staging import check_output
 
@@ -118,14 +117,7 @@ def check_machine(device: str | None, seed: int) -> None:
     """Refuse a device that is not there, and a seed that torch cannot take."""
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"--seed {seed} is not between 0 and {MAX_SEED}")
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=torch.device(device))
-    # A device that is unknown, not compiled in or not there; torch has several exceptions for it.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} cannot be used: {reason}; try --device cpu") from error
+    find_device(device)
 
 
 def _check_planned(options: CompressOptions) -> None:

@@ -14,7 +14,9 @@ from moekit.moe import InputSamples, LayerSample, expert_layers, neuron_activati
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .plan_samples import fresh, logits, statistics
+from ..moe.samples import fresh_case as fresh
+from ..moe.samples import logits
+from .plan_samples import statistics
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "switch_transformers"]  # gated, gated with biases, plain
 ACTIVATIONS = AlignmentRule(method="activations")

@@ -14,7 +14,9 @@ from moekit.moe.checkpoint import save_checkpoint
 from moekit.moe.discovery import expert_layers
 from moekit.moe.recording import record_routing
 
-from .plan_samples import fresh, logits, statistics
+from ..moe.samples import fresh_case as fresh
+from ..moe.samples import logits
+from .plan_samples import statistics
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "switch_transformers"]
 SOFTMAX = ["qwen3_moe", "gpt_oss", "olmoe"]  # only the last does not scale the chosen weights to sum 1

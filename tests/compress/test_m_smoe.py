@@ -13,7 +13,8 @@ from moekit.compress.similarity import output_similarity, router_logit_similarit
 from moekit.moe.discovery import expert_layers
 from moekit.moe.statistics import LayerStatistics, RoutingStatistics
 
-from .plan_samples import fresh, layers_of, statistics
+from ..moe.samples import fresh_case as fresh
+from .plan_samples import layers_of, statistics
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "switch_transformers"]
 

@@ -8,7 +8,7 @@ from moekit.moe import ExpertLayer, expert_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .families import FAMILIES
+from .families import FAMILIES, tiny_inputs
 
 
 @cache
@@ -24,6 +24,20 @@ def fresh(family: str) -> PreTrainedModel:
 @torch.no_grad()
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).logits
+
+
+@cache
+def original_case(family: str) -> tuple[PreTrainedModel, dict[str, Tensor], Tensor]:
+    """A family's tiny model, its inputs and its logits. Not to be changed."""
+    model = FAMILIES[family]()
+    inputs = tiny_inputs(model)
+    return model, inputs, logits(model, inputs)
+
+
+def fresh_case(family: str) -> tuple[PreTrainedModel, dict[str, Tensor], Tensor]:
+    """A copy to change, its inputs, and the logits of the original."""
+    model, inputs, expected = original_case(family)
+    return copy.deepcopy(model), inputs, expected
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

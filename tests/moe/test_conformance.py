@@ -2,8 +2,6 @@
 
 # T tokens, K active experts, E logical experts, M physical experts
 
-import copy
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,30 +21,14 @@ from moekit.moe.discovery import REFUSED
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .families import FAMILIES, UNSUPPORTED, tiny_inputs
+from .families import FAMILIES, UNSUPPORTED
 from .safetensors_size import tensor_bytes
+from .samples import fresh_case as fresh
+from .samples import logits, original_case
 
 _REFUSED_NAMES = {name.replace("-", "_") for name in REFUSED}
 SUPPORTED = sorted(set(FAMILIES) - _REFUSED_NAMES)
 ALWAYS_EAGER = {"dbrx", "jetmoe", "llama4", "longcat_flash", "step3p7", "switch_transformers"}
-
-
-@cache
-def _original(family: str) -> tuple[PreTrainedModel, dict[str, Tensor], Tensor]:
-    model = FAMILIES[family]()
-    inputs = tiny_inputs(model)
-    return model, inputs, logits(model, inputs)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs).logits
-
-
-def fresh(family: str) -> tuple[PreTrainedModel, dict[str, Tensor], Tensor]:
-    """A copy to change, its inputs, and the logits of the original."""
-    model, inputs, expected = _original(family)
-    return copy.deepcopy(model), inputs, expected
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -118,7 +100,7 @@ def test_experts_are_views(family: str) -> None:
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_route_is_the_models_own_routing(family: str) -> None:
-    model, inputs, _ = _original(family)
+    model, inputs, _ = original_case(family)
     for layer in expert_layers(model):
         calls: list[tuple[tuple, dict]] = []
         source = layer.router if layer.block_is_decoder_layer else layer.block
@@ -145,7 +127,7 @@ def test_route_is_the_models_own_routing(family: str) -> None:
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_weighted_experts_add_up_to_the_layer(family: str) -> None:
-    model, inputs, _ = _original(family)
+    model, inputs, _ = original_case(family)
     for layer in expert_layers(model):
         hidden, ids, weights = seen_by_experts(layer, model, inputs)
         with torch.no_grad():
@@ -213,7 +195,7 @@ def test_merged_layer_equals_replicated_experts(family: str, implementation: str
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_recording_counts_and_changes_nothing(family: str) -> None:
-    model, inputs, expected = _original(family)
+    model, inputs, expected = original_case(family)
     layers = expert_layers(model)
     with record_routing(model) as statistics:
         close(logits(model, inputs), expected)

@@ -4,8 +4,6 @@ Dimensions: N blocks, B blocks of a batch, S positions, T tokens that are predic
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..moe.data import TokenBlocks
+from ..moe.evaluating import evaluating
 
 # Float32 log-probabilities of one model that exist at the same time: 64 MB, some five times over.
 CHUNK_ELEMENTS = 2**24
@@ -167,29 +166,6 @@ def _check_vocabulary(original: PreTrainedModel, compressed: PreTrainedModel, bl
             f"the data holds token id {highest} but the models' vocabulary has {sizes[0]} entries: the "
             "blocks were made with another model's tokenizer"
         )
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's mode comes back at the end.
-
-    A checkpoint that says ``output_router_logits`` is spared its auxiliary loss: nobody reads it here, and
-    `generate` fails on it in transformers 5.23.
-    """
-    was_training = model.training
-    config = model.config.get_text_config()
-    had_router_logits = getattr(config, "output_router_logits", None)
-    model.eval()
-    if had_router_logits:
-        config.output_router_logits = False
-    try:
-        # Not inference mode: what a model caches under it (rotary tables) cannot be trained with later.
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-        if had_router_logits:
-            config.output_router_logits = had_router_logits
 
 
 def forward_arguments(

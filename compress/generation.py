@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..moe.data import Document
-from .fidelity import evaluating
+from ..moe.evaluating import evaluating
 
 # Tokens allowed beyond the longest answer, so that an answer that goes on is seen to do so.
 ANSWER_MARGIN = 4

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..moe.data import TokenBlocks
-from .fidelity import evaluating, forward_arguments
+from ..moe.evaluating import evaluating
+from .fidelity import forward_arguments
 from .generation import greedy_config
 
 PROMPT_TOKENS = 32

@@ -13,7 +13,9 @@ those that are not there), and a model of which no layer became smaller (experts
 # E logical experts, M physical experts
 
 import json
+import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +28,38 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .discovery import expert_layers
+from .dropout.build import DropoutSpec, install_layers, read_spec
 from .group_router import set_logit_columns
 from .layer import ExpertLayer
 from .router import CONFIG_PARTS, EXPERT_COUNT_KEYS, set_config_count
 
 METHOD = "moekit"
 VERSION = 1
+_IN_A_LAYER = re.compile(r"\.\d+\.")
 MAX_SCALE = 1e6
 """Far above any routed_scaling_factor; a larger one in a config is damage."""
 
 
-@register_quantization_config(METHOD)
 class MoekitConfig(QuantizationConfigMixin):
     """How many experts each layer holds and how its router reaches them.
 
     Args:
         layers: By layer name: ``num_experts`` (M, physical), ``num_router_rows`` (E), and ``router``, one of
             ``full``, ``redirect``, ``logsumexp``; for the last also ``renormalises`` and ``scale``.
+        smoe_dropout: The fields of `DropoutSpec`, for a dense model whose FFNs became SMoE-Dropout layers.
         version: Of this format.
 
     Raises:
         ValueError: The version is newer than this moekit, or an entry cannot be.
     """
 
-    def __init__(self, layers: dict[str, Any] | None = None, version: int = VERSION, **_: Any) -> None:
+    def __init__(
+        self,
+        layers: dict[str, Any] | None = None,
+        smoe_dropout: dict[str, Any] | None = None,
+        version: int = VERSION,
+        **_: Any,
+    ) -> None:
         if version != VERSION:
             raise ValueError(
                 f"this checkpoint is of moekit format {version}; this moekit reads {VERSION}: update it"
@@ -59,6 +69,21 @@ class MoekitConfig(QuantizationConfigMixin):
         self.layers = layers or {}
         for name, entry in self.layers.items():
             _check_entry(name, entry)
+        self.smoe_dropout = smoe_dropout
+        if smoe_dropout is not None:
+            read_dropout_spec(smoe_dropout)
+
+
+# Not as a decorator, which would hide the class's own type from type checkers.
+register_quantization_config(METHOD)(MoekitConfig)
+
+
+def read_dropout_spec(entry: Any) -> DropoutSpec:
+    """Read the description of SMoE-Dropout layers; `ValueError` when it is none."""
+    names = sorted(field.name for field in fields(DropoutSpec))
+    if not isinstance(entry, dict) or sorted(entry) != names:
+        raise ValueError(f"smoe_dropout={entry!r} does not have exactly the entries {', '.join(names)}")
+    return DropoutSpec(**entry)
 
 
 def _check_entry(name: str, entry: Any) -> None:
@@ -92,31 +117,29 @@ class MoekitQuantizer(HfQuantizer):
     """Rebuilds the layers of a moekit checkpoint before its weights are loaded. Nothing is quantised."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        layers = {layer.name: layer for layer in expert_layers(model)}
-        for name, entry in self._entries.items():
-            layer = _find(layers, name, model)
-            rebuild_layer(layer, entry)
+        config: Any = self.quantization_config
+        for layer in rebuild_layers(model, config):
             # Switch's initialisation would visit as many experts as the config counts.
             layer.block._is_hf_initialized = True
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         layers = {layer.name: layer for layer in expert_layers(model)}
-        for name in self._entries:
+        config: Any = self.quantization_config
+        for name in layers if config.smoe_dropout is not None else config.layers:
             check_loaded(_find(layers, name, model))
+        if config.smoe_dropout is not None:
+            check_layers_loaded(model)
         level_router_logits(model, layers.values())
         # These are ordinary weights: `model.float()` and Jamba's mixers ask, and must not hear otherwise.
         quantised: Any = model
         quantised.is_quantized = False
+        # With a quantizer, `save_pretrained(state_dict=...)` ignores what FSDP or ZeRO-3 has gathered for it.
+        quantised.hf_quantizer = None
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
         return model
-
-    @property
-    def _entries(self) -> dict[str, dict[str, Any]]:
-        config: Any = self.quantization_config
-        return config.layers
 
     def is_serializable(self) -> Any:
         """`save_pretrained` writes it as it is."""
@@ -125,11 +148,6 @@ class MoekitQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> Any:
         """All weights are ordinary parameters."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Trainer asks this of every model that a quantizer has loaded."""
         return True
 
     @property
@@ -147,6 +165,27 @@ def _find(layers: dict[str, ExpertLayer], name: str, model: PreTrainedModel) -> 
     raise ValueError(
         f"the checkpoint's config names layer {name!r}; {type(model).__name__} has {sorted(layers)}"
     )
+
+
+def rebuild_layers(model: PreTrainedModel, config: MoekitConfig) -> list[ExpertLayer]:
+    """Give a freshly built model the layers that its moekit config says, with contents yet to be loaded.
+
+    Returns:
+        The layers that were compressed, whether they were SMoE-Dropout layers before or the family's own.
+
+    Raises:
+        ValueError: The config names a layer that the model does not have, or does not fit it.
+    """
+    if config.smoe_dropout is not None:
+        active = getattr(model.config, "num_experts_per_tok", None)
+        install_layers(model, read_dropout_spec(config.smoe_dropout), active)
+    if not config.layers:
+        return []
+    layers = {layer.name: layer for layer in expert_layers(model)}
+    rebuilt = [_find(layers, name, model) for name in config.layers]
+    for layer, entry in zip(rebuilt, config.layers.values(), strict=True):
+        rebuild_layer(layer, entry)
+    return rebuilt
 
 
 def rebuild_layer(layer: ExpertLayer, entry: dict[str, Any]) -> None:
@@ -186,6 +225,20 @@ def check_loaded(layer: ExpertLayer) -> None:
                 f"the checkpoint maps the experts of layer {layer.name!r} to {used}, not "
                 f"to each of 0..{layer.num_physical_experts - 1}; it is damaged"
             )
+
+
+def check_layers_loaded(model: PreTrainedModel) -> None:
+    """Refuse a checkpoint whose config leaves out layers that its files have, and the other way round.
+
+    Raises:
+        ValueError: A parameter of a numbered layer was not in the files; a new head's may be missing.
+    """
+    if is_deepspeed_zero3_enabled():
+        return
+    for name, parameter in model.named_parameters():
+        loaded = getattr(parameter, "_is_hf_initialized", False) or parameter.device.type == "meta"
+        if _IN_A_LAYER.search(name) and not loaded:
+            raise ValueError(f"the checkpoint lacks {name!r}, which its config says is there; it is damaged")
 
 
 def level_router_logits(model: PreTrainedModel, layers: Iterable[ExpertLayer]) -> None:
@@ -246,14 +299,14 @@ def mark_form(model: PreTrainedModel) -> str:
     """Write into the model's config which form it has to be saved in: ``moekit`` or ``stock``."""
     level_router_logits(model, expert_layers(model))
     marked: Any = model
-    if entries := layer_entries(model):
-        config: Any = MoekitConfig(layers=entries)  # pyright: ignore[reportCallIssue]  # a dataclass's, they think
+    entries, spec = layer_entries(model), read_spec(model)
+    if entries or spec is not None:
+        dropout = None if spec is None else spec.to_dict()
+        config: Any = MoekitConfig(layers=entries, smoe_dropout=dropout)
         marked.config.quantization_config = config
-        marked.hf_quantizer = MoekitQuantizer(config)
         return "moekit"
     if isinstance(getattr(marked.config, "quantization_config", None), MoekitConfig):
         del marked.config.quantization_config
-        marked.hf_quantizer = None
     return "stock"
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from .dropout.layer import SMoEDropout
 from .families import JetMoeLayer, Llama4Layer, SwitchLayer
 from .layer import ExpertLayer
 from .storage import ExpertStorage, ModuleStorage, ParallelLinearStorage, find_storage
@@ -73,6 +74,8 @@ def _find_router(
     block: nn.Module, experts: nn.Module, recorded: dict[type[nn.Module], int], num_experts: int
 ):
     """The router of a block, and where its logits are: as recorded, else whichever child has E rows."""
+    if isinstance(block, SMoEDropout):
+        return block.router, 0
     for child in block.children():
         if type(child) in recorded:
             return child, recorded[type(child)]

@@ -19,6 +19,7 @@ from .router import (
     read_constraints,
     reduce_router,
     router_shows_probabilities,
+    router_tensors,
     router_top_k,
 )
 from .storage import ExpertStorage, write_experts
@@ -128,7 +129,9 @@ class ExpertLayer:
     @property
     def input_size(self) -> int:
         """Width of what the block takes; differs from D where experts work in a latent space (Nemotron-H)."""
-        return next(p for p in self.router.parameters() if p.ndim == 2).shape[-1]
+        matrices = (tensor for tensor in router_tensors(self.router) if tensor.ndim == 2)
+        matrix = next(matrices, None)  # a hash router has none
+        return self.hidden_size if matrix is None else matrix.shape[-1]
 
     def experts(self) -> list[ExpertWeights]:
         """Views of the M experts."""

@@ -46,8 +46,12 @@ class AttentionMasks:
 
     def around(self, layer: ExpertLayer) -> "LayerMasks":
         """The masks as they concern one layer."""
-        models = [m for m in reversed(self.models) if any(layer.block is part for part in m.modules())]
-        return LayerMasks(self, layer, models)
+        return self.around_module(layer.block, layer.name)
+
+    def around_module(self, module: nn.Module, name: str) -> "LayerMasks":
+        """The masks as they concern one module, which errors call `name`."""
+        models = [m for m in reversed(self.models) if any(module is part for part in m.modules())]
+        return LayerMasks(self, name, models)
 
 
 class LayerMasks:
@@ -57,9 +61,9 @@ class LayerMasks:
         models: The models that the layer is part of, innermost first.
     """
 
-    def __init__(self, masks: AttentionMasks, layer: ExpertLayer, models: list[nn.Module]) -> None:
+    def __init__(self, masks: AttentionMasks, name: str, models: list[nn.Module]) -> None:
         self.masks = masks
-        self.layer = layer
+        self.name = name
         self.models = models
 
     @property
@@ -81,7 +85,7 @@ class LayerMasks:
             return None
         if not readable:
             raise ValueError(
-                f"layer {self.layer.name!r}: recording needs the attention mask as [batch, length], to leave "
+                f"layer {self.name!r}: recording needs the attention mask as [batch, length], to leave "
                 "padding out; a prepared 4-D mask does not say it (in generate: use the dynamic cache)"
             )
         # With a key-value cache the mask also covers the past; only the last columns are being computed.
@@ -89,7 +93,7 @@ class LayerMasks:
         columns, rest = divmod(num_tokens, mask.shape[0])
         if rest or columns > mask.shape[1]:
             raise ValueError(
-                f"layer {self.layer.name!r} got {num_tokens} tokens, which an attention mask of shape "
+                f"layer {self.name!r} got {num_tokens} tokens, which an attention mask of shape "
                 f"{tuple(mask.shape)} does not cover"
             )
         return mask[:, mask.shape[1] - columns :].flatten().bool()

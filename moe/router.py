@@ -213,8 +213,14 @@ _SCORES = {
 }
 
 
+def router_tensors(router: nn.Module) -> list[Tensor]:
+    """Floating-point tensors of a router: parameters, and buffers where it is frozen."""
+    tensors = (*router.parameters(), *router.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
 def _random_tokens(layer: "layers.ExpertLayer") -> Tensor:
-    like = next(layer.router.parameters())
+    like = next(iter(router_tensors(layer.router)), next(layer.experts_module.parameters()))
     hidden_TD = torch.randn(16, layer.input_size, generator=torch.Generator().manual_seed(0))
     return hidden_TD.to(like.device, like.dtype)
 
@@ -228,7 +234,7 @@ def _route_random_tokens(layer: "layers.ExpertLayer") -> Any:
     layer.block.eval()
     try:
         return layer.route(_random_tokens(layer))
-    except (TypeError, AttributeError, RuntimeError):
+    except (TypeError, AttributeError, RuntimeError, ValueError):
         return None  # hash routing needs input_ids, Zaya the state of the layer before
     finally:
         layer.block.train(was_training)
@@ -241,7 +247,7 @@ def _router_output(layer: "layers.ExpertLayer") -> Any:
         return None
     try:  # not by calling the module: nobody who watches it must see this
         return layer.router.forward(_random_tokens(layer))
-    except (TypeError, AttributeError, RuntimeError, IndexError):
+    except (TypeError, AttributeError, RuntimeError, IndexError, ValueError):
         return None
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from .dropout.experts import SlicedExperts
 from .weights import ExpertWeights
 
 # Not num_experts_per_tok, expert_capacity, expert_dim, zero_expert_num or n_shared_experts.
@@ -39,7 +40,7 @@ class ExpertStorage(Protocol):
 
 def find_storage(module: nn.Module) -> ExpertStorage | None:
     """Return how `module` stores experts, or ``None`` when it is no container of routed experts."""
-    for storage in (FusedStorage, ModuleStorage, FlatStorage, ParallelLinearStorage):
+    for storage in (SlicedStorage, FusedStorage, ModuleStorage, FlatStorage, ParallelLinearStorage):
         if storage.matches(module):
             return storage(module)
     return None
@@ -123,6 +124,22 @@ class FusedStorage:
                 resized.data[num_experts:] = parameter.data[old:]
                 self.module.total_experts = num_experts + extra
             setattr(self.module, name, resized)
+
+
+class SlicedStorage(FusedStorage):
+    """The experts of an SMoE-Dropout layer, which say themselves how to be read."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether `module` is moekit's own."""
+        return isinstance(module, SlicedExperts)
+
+    def read(self, expert: int) -> ExpertWeights:
+        """Views of one expert."""
+        return self.module.expert(expert)
 
 
 class ModuleStorage:

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..moe.checkpoint import METHOD, MoekitConfig, rebuild_layer
+from ..moe.checkpoint import METHOD, MoekitConfig, rebuild_layers
 from ..moe.discovery import UnsupportedModelError, expert_layers
 from ..moe.router import EXPERT_COUNT_KEYS
 from .checkpoint_files import check_folder, files_fingerprint, read_config, tensor_elements
@@ -176,15 +176,13 @@ def skeleton(source: ModelSource) -> PreTrainedModel:
 
 def _rebuild(model: PreTrainedModel, table: dict[str, Any]) -> None:
     """Give a model the layers that a moekit checkpoint's table says."""
-    entries = table.get("layers")
-    if not isinstance(entries, dict) or not entries:
+    if not isinstance(table.get("layers"), dict) or not (table["layers"] or table.get("smoe_dropout")):
         raise ValueError("'layers' is not a table with an entry for each compressed layer")
-    MoekitConfig(**table)  # pyright: ignore[reportCallIssue]  # a dataclass's, they think
-    layers = {layer.name: layer for layer in expert_layers(model)}
-    for name, entry in entries.items():
-        if name not in layers:
-            raise ValueError(f"it names layer {name!r}, which is not among {', '.join(layers)}")
-        rebuild_layer(layers[name], entry)
+    if not table.get("smoe_dropout"):  # whose layers are not there yet
+        names = [layer.name for layer in expert_layers(model)]
+        if unknown := [name for name in table["layers"] if name not in names]:
+            raise ValueError(f"it names layer {unknown[0]!r}, which is not among {', '.join(names)}")
+    rebuild_layers(model, MoekitConfig(**table))
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -1,0 +1,1 @@
+"""SMoE-Dropout: dense models made self-slimmable. Import its public names from `moekit.moe`."""

@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compress.fidelity import evaluating, forward_arguments
+from ..compress.fidelity import forward_arguments
 from ..moe.data import TokenBlocks, load_documents, split_blocks, token_blocks
 from ..moe.discovery import expert_layers
+from ..moe.evaluating import evaluating
 from ..moe.layer import ExpertLayer
 from ..moe.recording import record_routing
 from ..moe.samples import InputSamples, record_inputs

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from .options import CommonOptions, CompressOptions, DemoOptions, InspectOptions
+from .console import quiet_deepspeed
+from .options import CommonOptions, CompressOptions, DemoOptions, InspectOptions, TrainOptions
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -18,6 +19,7 @@ INTERRUPTED = 130
 JOBS: dict[type[CommonOptions], str] = {
     InspectOptions: "inspect_model",
     CompressOptions: "compress",
+    TrainOptions: "train",
     DemoOptions: "demo",
 }
 """The module of each command; its `run` is imported after parsing, so that `--help` needs no torch."""
@@ -25,6 +27,7 @@ JOBS: dict[type[CommonOptions], str] = {
 Command = (
     Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[CompressOptions, tyro.conf.subcommand("compress")]
+    | Annotated[TrainOptions, tyro.conf.subcommand("train")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
 
@@ -41,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: For `--help` (0) and arguments that cannot be parsed (2).
     """
+    quiet_deepspeed()
     options = None
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone (`moekit ... | head`); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        resumes = isinstance(options, CompressOptions | DemoOptions) and not getattr(
+        resumes = isinstance(options, CompressOptions | TrainOptions | DemoOptions) and not getattr(
             options, "plan_only", False
         )
         after = "; the output was not touched, and the same command goes on where it was" if resumes else ""
@@ -72,7 +76,8 @@ def parse(argv: Sequence[str]) -> CommonOptions:
     return tyro.cli(
         Command,  # pyright: ignore[reportArgumentType]
         prog="moekit",
-        description="Look at sparse Mixture-of-Experts language models, and make them smaller. "
+        description="Look at sparse Mixture-of-Experts language models, make them smaller, or make them of "
+        "dense ones. "
         "`moekit --version` tells the version.",
         args=list(argv) or ["--help"],
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),

@@ -1,5 +1,6 @@
 """What the commands show in the terminal."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,11 @@ def is_interactive() -> bool:
 def step(text: str) -> None:
     """Say on standard error what begins now."""
     print(text, file=sys.stderr, flush=True)
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed, where it is installed, from saying on standard output that it found no accelerator."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
 
 
 def warn(text: str) -> None:

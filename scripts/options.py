@@ -17,6 +17,9 @@ OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")]
 Switch = Annotated[bool, arg(help_behavior_hint="")]
 Integers = Annotated[tuple[int, ...], arg(metavar="INT ...", help_behavior_hint="")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")]
+OptionalNumber = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
+Start = Positional[Annotated[str, arg(metavar="MODEL_OR_CONFIG")]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,111 @@ class DemoOptions(CommonOptions):
 
     out: Path = Path("moekit-demo")
     """Folder of the result; an earlier demo there is replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(CommonOptions):
+    """Train a dense model as a self-slimmable one with SMoE-Dropout: any number of its experts can be active.
+
+    A run that was interrupted goes on from its last checkpoint when the same command is given again.
+    """
+
+    model: Start
+    """Folder or hub id of a dense model, or, to begin from scratch, a config.json or a folder without
+    weights."""
+    data: OptionalText = None
+    """What to train on. causal-lm: text as for `moekit compress`. classification: rows with text (and
+    text_pair) and label in a .jsonl, .csv, .tsv or .parquet file or a `datasets` name, or a folder with a
+    folder of pictures for each class."""
+    eval_data: OptionalText = None
+    """The like to evaluate on; otherwise a part of the data that is not trained on."""
+    eval_share: float = 0.05
+    """Size of that part."""
+    task: Literal["causal-lm", "classification"] = "causal-lm"
+    """What is learned."""
+    tokenizer: OptionalText = None
+    """Folder or hub id of a tokenizer (for pictures: of an image processor), if not beside the model."""
+    out: OptionalPath = None
+    """Folder to make, which may not exist yet or be empty."""
+    experts: OptionalInt = None
+    """Experts of each layer: 16 unless said otherwise, or those that the checkpoint has already."""
+    k_start: OptionalInt = None
+    """Active experts at the first step; half of them unless said otherwise."""
+    k_end: OptionalInt = None
+    """Active experts at the end and in the result; all unless said otherwise."""
+    schedule: Literal["linear", "exponential", "cosine", "stepped", "constant", "random"] = "linear"
+    """How their number goes from the one to the other. random: each layer's own draw at each step."""
+    combine: Literal["auto", "softmax", "uniform", "residual"] = "auto"
+    """How chosen experts are weighed. auto: softmax, as in the paper; but uniform where a pretrained model is
+    carved, because then it is exactly that model at k = all, and where the router has no probabilities."""
+    start: Literal["auto", "scratch", "carve", "copy"] = "auto"
+    """scratch: new weights. carve: each pretrained FFN is cut into experts. copy: each expert is a copy of
+    it. auto: carve if there are weights, else scratch."""
+    drop_fraction: float = 0.0
+    """For --start copy: share of each copy's neurons drawn anew (Drop-Upcycling), 0 to 1."""
+    partition: Literal["contiguous", "random", "weights", "coactivation"] = "contiguous"
+    """Which neurons form an expert when a pretrained FFN is carved: neighbours, random ones, those of similar
+    weights, or those that are active together on the data."""
+    router: Literal["random", "learned", "hash", "thor", "analytic", "none"] = "random"
+    """random is SMoE-Dropout's, never trained; learned, hash and thor are what it is compared with; analytic
+    is CMoE's, made of the FFN's own neurons, with experts that are always active; none trains the dense
+    model."""
+    shared_experts: OptionalInt = None
+    """For --router analytic: experts that are always active; a quarter unless said otherwise."""
+    ffn_dropout: float = 0.0
+    """For --router none: dropout within each FFN, 0 to 1."""
+    center_routers: bool = False
+    """Balance random routers once, by the mean of what they read."""
+    load_balance: OptionalNumber = None
+    """For --router learned: weight of the load-balancing loss; 0.01 unless said otherwise."""
+    consistency: OptionalNumber = None
+    """For --router thor: weight of the divergence of its two forwards; 1 unless said otherwise."""
+    layers: Integers = ()
+    """FFN layers to convert, counted from 0; all unless said otherwise."""
+    logit_std: OptionalNumber = None
+    """Deviation of a random router's logits for inputs of unit mean square; 0.32 unless said otherwise."""
+    seq_len: OptionalInt = None
+    """Tokens per sequence; 512, or less where the model's context is shorter."""
+    steps: OptionalInt = None
+    """Optimizer steps. Or --epochs."""
+    epochs: OptionalNumber = None
+    """Passes through the data; 1 unless said otherwise."""
+    batch_size: int = 8
+    """Sequences at a time on each device."""
+    gradient_accumulation: int = 1
+    """Batches in each optimizer step."""
+    learning_rate: OptionalNumber = None
+    """Largest of the run; 3e-4 from scratch and 5e-5 for a pretrained model unless said otherwise."""
+    lr_scheduler: str = "cosine"
+    """A schedule of Transformers, such as linear, cosine or constant_with_warmup."""
+    warmup: float = 0.05
+    """Steps in which the learning rate rises; below 1 as a share of all."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    bf16: bool = False
+    """Compute in bfloat16; the weights stay in float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, to save memory."""
+    save_steps: int = 500
+    """Steps between checkpoints; at most so many are lost by an interruption."""
+    eval_steps: OptionalInt = None
+    """Steps between evaluations while training; none unless said."""
+    logging_steps: int = 10
+    """Steps between lines of progress."""
+    report_to: Names = ()
+    """Trackers of Transformers, such as tensorboard or wandb, which have to be installed."""
+    seed: int = 0
+    """Of everything random."""
+    eval_experts: Integers = ()
+    """Numbers of active experts to evaluate the result at; powers of two and some between unless said
+    otherwise."""
+    form: Literal["auto", "moekit", "stock", "dense"] = "auto"
+    """moekit is exact and loads after `import moekit.moe`; stock loads without moekit, as Mixtral; dense is
+    the model at k = all. auto: moekit, or the dense model that --router none trains."""
+    max_shard_size: str = "5GB"
+    """Largest file of weights, such as 500MB or 5GB."""
+    training_arguments: OptionalPath = None
+    """A .json file with any other of Transformers' TrainingArguments, by name."""
 
 
 def command_line(command: str, options: CommonOptions) -> str:

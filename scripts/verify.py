@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..compress.fidelity import evaluating
 from ..moe.checkpoint import max_logit_difference
 from ..moe.data import TokenBlocks
+from ..moe.evaluating import evaluating
 from .calibrate import model_inputs
 from .load import load_model
 

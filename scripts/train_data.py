@@ -1,0 +1,197 @@
+"""The examples that `moekit train` trains and evaluates on, the same on every process."""
+
+# N examples, S positions
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+
+from ..moe import check_tokenizer, load_documents, split_blocks, token_blocks
+from ..moe.data import TokenBlocks
+from .calibrate import check_token_ids, sequence_length
+from .options import TrainOptions
+from .train_rows import LabelledRow, label_names, read_labelled_rows
+
+IGNORED = -100
+"""Label of a position that is not learned."""
+CALIBRATION_EXAMPLES = 64
+"""Examples that routers are centred and neurons are grouped on."""
+
+
+class BlockRows(Dataset[dict[str, Tensor]]):
+    """Token blocks with labels: every token but padding is learned."""
+
+    def __init__(self, blocks: TokenBlocks) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids_S, mask_S = self.blocks.input_ids[index], self.blocks.attention_mask[index]
+        labels_S = ids_S.masked_fill(mask_S == 0, IGNORED)
+        return {"input_ids": ids_S, "attention_mask": mask_S, "labels": labels_S}
+
+
+class ClassRows(Dataset[dict[str, Any]]):
+    """Rows as a model reads them, tokenised or loaded when they are asked for."""
+
+    def __init__(self, rows: Sequence[LabelledRow], read: Callable[[LabelledRow], dict[str, Any]]) -> None:
+        self.rows = rows
+        self.read = read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(self.rows[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Everything that training needs to know of the data."""
+
+    train: Any
+    held_out: Any
+    collator: Any
+    fingerprint: str
+    """Changes when an example does."""
+    unit: str
+    """What speed is counted in: tokens, texts or pictures."""
+
+    def calibration_batches(self, batch_size: int) -> list[dict[str, Tensor]]:
+        """A few batches to train on, without labels."""
+        count = min(CALIBRATION_EXAMPLES, len(self.train))
+        batches = []
+        for start in range(0, count, batch_size):
+            rows = [self.train[index] for index in range(start, min(start + batch_size, count))]
+            batch = self.collator(rows)
+            batches.append({key: value for key, value in batch.items() if key != "labels"})
+        return batches
+
+    def speed_batch(self, batch_size: int) -> tuple[dict[str, Tensor], int]:
+        """A batch without labels, and how much of `unit` it holds."""
+        rows = [self.held_out[index % len(self.held_out)] for index in range(batch_size)]
+        batch = {key: value for key, value in self.collator(rows).items() if key != "labels"}
+        return batch, int(batch["attention_mask"].sum()) if self.unit == "tokens" else len(rows)
+
+
+def read_classes(options: TrainOptions) -> tuple[list[LabelledRow], list[LabelledRow], tuple[str, ...]]:
+    """Rows to train on, rows to evaluate on, and the names of the labels.
+
+    Raises:
+        ValueError: The data cannot be read, or has labels in the one part that the other lacks.
+    """
+    assert options.data is not None
+    rows = read_labelled_rows(options.data)
+    labels = label_names(rows)
+    if options.eval_data is not None:
+        held_out = read_labelled_rows(options.eval_data)
+        if unknown := sorted({row.label for row in held_out} - set(labels)):
+            raise ValueError(f"--eval-data has the labels {unknown}, which --data has not: {list(labels)}")
+        if (held_out[0].picture is None) != (rows[0].picture is None):
+            raise ValueError("one of --data and --eval-data has pictures and the other text")
+        return rows, held_out, labels
+    order = random.Random(options.seed).sample(rows, len(rows))
+    count = max(1, round(options.eval_share * len(rows)))
+    if count >= len(rows):
+        raise ValueError(f"cannot hold out {count} of {len(rows)} rows; give more data, or --eval-data")
+    return order[count:], order[:count], labels
+
+
+def text_examples(options: TrainOptions, tokenizer: Any, model: PreTrainedModel) -> Examples:
+    """Blocks of text for a language model.
+
+    Raises:
+        ValueError: Too little text, or a tokenizer that is not the model's.
+    """
+    check_tokenizer(tokenizer, model.config)
+    seq_len = sequence_length(options.seq_len, model.config)
+
+    def read(source: str) -> TokenBlocks:
+        blocks = token_blocks(load_documents(source), tokenizer, seq_len=seq_len, seed=options.seed)
+        check_token_ids(blocks, model)
+        return blocks
+
+    assert options.data is not None
+    train = read(options.data)
+    if options.eval_data is None:
+        train, held_out = split_blocks(train, held_out_fraction=options.eval_share, seed=options.seed)
+    else:
+        held_out = read(options.eval_data)
+    return Examples(
+        train=BlockRows(train),
+        held_out=BlockRows(held_out),
+        collator=default_data_collator,
+        fingerprint=f"{train.fingerprint} {held_out.fingerprint}",
+        unit="tokens",
+    )
+
+
+def class_examples(
+    options: TrainOptions,
+    train: Sequence[LabelledRow],
+    held_out: Sequence[LabelledRow],
+    labels: Sequence[str],
+    processor: Any,
+    model: PreTrainedModel,
+) -> Examples:
+    """Rows for a classifier of texts or pictures."""
+    number_of = {label: number for number, label in enumerate(labels)}
+    pictures = train[0].picture is not None
+    max_length = None if pictures else sequence_length(options.seq_len, model.config)
+
+    known = signature(type(model).forward).parameters
+    padding = DataCollatorWithPadding(processor) if not pictures else None
+
+    def read_text(row: LabelledRow) -> dict[str, Any]:
+        tokens = processor(row.text, row.pair, truncation=True, max_length=max_length)
+        return {
+            **{key: value for key, value in tokens.items() if key in known},
+            "labels": number_of[row.label],
+        }
+
+    def read_picture(row: LabelledRow) -> dict[str, Any]:
+        from PIL import Image
+
+        with Image.open(str(row.picture)) as picture:
+            pixels = processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": number_of[row.label]}
+
+    read = read_picture if pictures else read_text
+    facts = json.dumps([[row.label, row.text, row.pair, str(row.picture)] for row in (*train, *held_out)])
+    return Examples(
+        train=ClassRows(train, read),
+        held_out=ClassRows(held_out, read),
+        collator=default_data_collator if padding is None else lambda rows: dict(padding(rows)),
+        fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
+        unit="pictures" if pictures else "tokens",
+    )
+
+
+def row_metrics(logits: Any, labels: Tensor, *, shift: bool) -> Tensor:
+    """``[N, 3]``: each row's sum of -log p(label) in nats, number of labels, and number of right answers.
+
+    Args:
+        logits: ``[N, S, V]``, or ``[N, C]`` for classes; or a tuple that begins with them.
+        labels: ``[N, S]`` or ``[N]``.
+        shift: Whether position s predicts label s + 1.
+    """
+    logits = logits[0] if isinstance(logits, tuple | list) else logits
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits, labels = (logits, labels) if labels.ndim == 2 else (logits[:, None], labels[:, None])
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(labels.shape)
+    right = (logits.argmax(-1) == labels).sum(1)
+    return torch.stack([loss.sum(1), (labels != IGNORED).sum(1), right], dim=1).float()

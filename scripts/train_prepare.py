@@ -1,0 +1,315 @@
+"""Everything that `moekit train` checks before it builds or loads a model."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, TrainingArguments
+
+from ..moe import KSchedule, dense_ffns
+from .options import TrainOptions
+from .prepare import SIZE, check_machine, check_names
+from .record import versions
+from .staging import STATE_FILE, check_output, partial_folder
+from .train_arguments import read_arguments_file, training_arguments
+from .train_data import Examples, class_examples, read_classes, text_examples
+from .train_model import (
+    DEFAULT_EXPERTS,
+    Source,
+    convert,
+    load_processor,
+    open_training_source,
+    prepare_config,
+    resolve_combine,
+    resolve_start,
+    training_skeleton,
+)
+
+NO_ROUTER = (
+    "experts",
+    "k_start",
+    "k_end",
+    "schedule",
+    "combine",
+    "start",
+    "drop_fraction",
+    "partition",
+    "layers",
+)
+NO_ROUTER += ("center_routers", "logit_std", "load_balance", "consistency", "eval_experts", "shared_experts")
+"""Options that --router none has no use for."""
+ROUTER_OF = {
+    "load_balance": "learned",
+    "consistency": "thor",
+    "center_routers": "random",
+    "shared_experts": "analytic",
+}
+"""Options that one router alone has a use for."""
+NOT_SETTINGS = ("out", "debug")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Options that passed every check, and what they name."""
+
+    options: TrainOptions
+    source: Source
+    config: PreTrainedConfig
+    task: str
+    """causal-lm, classification or images."""
+    start: str
+    """scratch, carve, copy or continue."""
+    processor: Any
+    """Tokenizer or image processor."""
+    examples: Examples
+    labels: tuple[str, ...]
+    schedule: KSchedule | None
+    """None for the dense model."""
+    arguments: TrainingArguments
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.arguments.process_index == 0
+
+    @property
+    def form(self) -> str:
+        """Of the result."""
+        if self.options.form != "auto":
+            return self.options.form
+        return "dense" if self.schedule is None else "moekit"
+
+    @property
+    def eval_experts(self) -> tuple[int, ...]:
+        """Numbers of active experts to evaluate at."""
+        if self.schedule is None:
+            return ()
+        return self.options.eval_experts or default_eval_experts(self.schedule)
+
+    @property
+    def folder(self) -> Path:
+        """Of checkpoints."""
+        return Path(str(self.arguments.output_dir))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on, as JSON values."""
+        given = {key: value for key, value in vars(self.options).items() if key not in NOT_SETTINGS}
+        given["training_arguments"] = read_arguments_file(self.options.training_arguments)
+        more = {
+            "model files": self.source.fingerprint,
+            "examples": self.examples.fingerprint,
+            "processes": self.arguments.world_size,
+            "versions": versions(),
+        }
+        return json.loads(json.dumps(given | more, default=str))
+
+
+def default_eval_experts(schedule: KSchedule) -> tuple[int, ...]:
+    """Powers of two, three quarters of all, all, and the ends of the schedule."""
+    experts = schedule.num_experts
+    powers = {2**n for n in range(experts.bit_length())}
+    return tuple(sorted(powers | {max(1, 3 * experts // 4), experts, schedule.k_start, schedule.k_end}))
+
+
+def prepare_training(options: TrainOptions) -> TrainJob:
+    """Check everything that can be checked before a model is built, and read the data.
+
+    Raises:
+        ValueError: The first thing that cannot be, with what to do.
+    """
+    check_training_options(options)
+    file = read_arguments_file(options.training_arguments)
+    source = open_training_source(options.model)
+    start = resolve_start(options, source)
+    schedule = _schedule(options, source)
+    rows = read_classes(options) if options.task == "classification" else None
+    task = options.task if rows is None else "images" if rows[0][0].picture is not None else "classification"
+    processor = load_processor(options, source, task)
+    labels = () if rows is None else rows[2]
+    config = prepare_config(source, task, labels, processor)
+    skeleton = training_skeleton(config, task, source.name)
+    if start != "continue":
+        _try_conversion(options, skeleton, start)
+    _check_dense_form(options, source, start)
+    if rows is None:
+        examples = text_examples(options, processor, skeleton)
+    else:
+        examples = class_examples(options, rows[0], rows[1], labels, processor, skeleton)
+    assert options.out is not None
+    folder = partial_folder(options.out.expanduser()) / "work" / "trainer"
+    return TrainJob(
+        options=options,
+        source=source,
+        config=config,
+        task=task,
+        start=start,
+        processor=processor,
+        examples=examples,
+        labels=labels,
+        schedule=schedule,
+        arguments=training_arguments(options, folder, start, file),
+    )
+
+
+def check_training_options(options: TrainOptions) -> None:
+    """Refuse what the options alone show cannot be.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    check_names(options.model, options.data)
+    if options.data is None:
+        raise ValueError("--data is missing: name what to train on (see `moekit train --help`)")
+    if options.out is None:
+        raise ValueError("--out is missing: name the folder to make")
+    check_output(options.out.expanduser())
+    if options.steps is not None and options.epochs is not None:
+        raise ValueError(
+            f"give --steps or --epochs, got --steps {options.steps} and --epochs {options.epochs}"
+        )
+    for name in (
+        "steps",
+        "epochs",
+        "batch_size",
+        "gradient_accumulation",
+        "save_steps",
+        "eval_steps",
+        "logging_steps",
+    ):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{_flag(name)} {value} is not a positive number")
+    for name in ("learning_rate", "warmup", "weight_decay", "load_balance", "consistency", "logit_std"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"{_flag(name)} {value} is not a finite number of at least 0")
+    if not 0 < options.eval_share < 1:
+        raise ValueError(f"--eval-share {options.eval_share} is not between 0 and 1")
+    size = SIZE.fullmatch(options.max_shard_size)
+    if size is None or float(size[1]) == 0:
+        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")
+    check_machine(None, options.seed)
+    if options.seed >= 2**32:
+        raise ValueError(f"--seed {options.seed} is not less than 2**32, which numpy asks for")
+    _check_router(options)
+
+
+def _check_router(options: TrainOptions) -> None:
+    """Refuse options that the chosen router or start has no use for."""
+    said = {field.name for field in fields(options) if getattr(options, field.name) != field.default}
+    if options.router == "none":
+        if useless := [name for name in NO_ROUTER if name in said]:
+            raise ValueError(f"--router none trains the dense model and has no use for {_flag(useless[0])}")
+        if options.form not in ("auto", "dense"):
+            raise ValueError(f"--router none trains the dense model, which --form {options.form} cannot hold")
+    elif options.ffn_dropout:
+        raise ValueError("--ffn-dropout is for the dense model, --router none")
+    if not 0 <= options.ffn_dropout < 1:
+        raise ValueError(f"--ffn-dropout {options.ffn_dropout} is not at least 0 and less than 1")
+    for name, router in ROUTER_OF.items():
+        if name in said and options.router != router:
+            raise ValueError(f"{_flag(name)} is for --router {router}, got --router {options.router}")
+    if options.router == "analytic":
+        _check_analytic(options)
+    if options.drop_fraction and options.start != "copy":
+        raise ValueError(
+            f"--drop-fraction {options.drop_fraction} is for --start copy, got --start {options.start}"
+        )
+    if options.partition == "coactivation" and options.start in ("scratch", "copy"):
+        raise ValueError(f"--partition coactivation is for --start carve, got --start {options.start}")
+    if options.form == "stock":
+        _check_stock(options)
+
+
+def _check_analytic(options: TrainOptions) -> None:
+    """Refuse what neurons of a pretrained FFN cannot speak for."""
+    if options.start in ("scratch", "copy"):
+        raise ValueError(f"--router analytic is for --start carve, got --start {options.start}")
+    if options.partition != "contiguous":
+        raise ValueError(
+            f"--router analytic deals the neurons itself; leave out --partition {options.partition}"
+        )
+    experts = options.experts or DEFAULT_EXPERTS
+    if options.shared_experts is not None and not 0 <= options.shared_experts < experts:
+        raise ValueError(
+            f"--shared-experts {options.shared_experts} is not between 0 and {experts - 1} of {experts}"
+        )
+
+
+def _check_stock(options: TrainOptions) -> None:
+    """Refuse what a stock class cannot hold exactly; whether there is one for the family is seen later."""
+    if options.router != "random" or options.center_routers:
+        what = "--center-routers" if options.center_routers else f"--router {options.router}"
+        raise ValueError(f"--form stock has no place for {what}; take --form moekit")
+    if options.combine not in ("auto", "softmax"):
+        raise ValueError(
+            f"--form stock weighs experts by softmax, not by --combine {options.combine}; take --form moekit"
+        )
+
+
+def _schedule(options: TrainOptions, source: Source) -> KSchedule | None:
+    if options.router == "none":
+        return None
+    experts = options.experts or (DEFAULT_EXPERTS if source.spec is None else source.spec.num_experts)
+    if experts < 2:
+        raise ValueError(f"--experts {experts} is not at least 2")
+    k_end = experts if options.k_end is None else options.k_end
+    half = max(1, experts // 2)
+    k_start = options.k_start
+    if k_start is None:
+        k_start = k_end if options.schedule == "constant" else min(half, k_end)
+    schedule = KSchedule(options.schedule, k_start, k_end, experts, seed=options.seed)
+    if wrong := [k for k in options.eval_experts if not 1 <= k <= experts]:
+        raise ValueError(f"--eval-experts {wrong[0]} is not between 1 and {experts} experts")
+    return schedule
+
+
+def _check_dense_form(options: TrainOptions, source: Source, start: str) -> None:
+    """Refuse to make one FFN of copies, which only slices are parts of."""
+    spec = source.spec
+    has_copies = start == "copy" or (spec is not None and spec.scale == 1 and spec.combine != "residual")
+    if options.form == "dense" and options.router != "none" and has_copies:
+        raise ValueError(
+            "--form dense is for experts that are slices of one FFN, not copies; take --form moekit"
+        )
+
+
+def _try_conversion(options: TrainOptions, skeleton: Any, start: str) -> None:
+    """Convert the model without weights, to hear early what cannot be."""
+    if options.router == "none":
+        if start == "copy":
+            raise ValueError("--router none has no experts to copy to")
+        dense_ffns(skeleton)
+        return
+    resolve_combine(options, start)
+    convert(skeleton, options, start=start, partition="contiguous")
+
+
+def check_unfinished(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse to give up the work of an unfinished run that had other settings.
+
+    Raises:
+        ValueError: Names the settings, and what to do.
+    """
+    folder = partial_folder(out)
+    try:
+        earlier = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    changed = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
+    # What follows from the options, such as the examples from the seed, would only hide the cause.
+    changed = [key for key in changed if key in TrainOptions.__dataclass_fields__] or changed
+    if changed and any((folder / "work" / "trainer").glob("checkpoint-*")):
+        names = [_flag(key) if key in TrainOptions.__dataclass_fields__ else key for key in changed]
+        values = [f"{earlier.get(key)!r:.80} then, {settings.get(key)!r:.80} now" for key in changed]
+        shown = "; ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
+        raise ValueError(
+            f"an unfinished run for '{out}' had other settings ({shown}); give its command again, choose "
+            f"another --out, or remove '{folder}'"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -19,9 +19,6 @@ from .families import tiny_inputs
 from .samples import close, fresh, logits, merged
 from .tiny_models import Family
 
-# peft 0.21 reads a name that transformers 5.23 deprecates.
-PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-
 
 def aligned(model: PreTrainedModel) -> PreTrainedModel:
     """A GEMM on memory-mapped tensors may round otherwise."""
@@ -234,7 +231,6 @@ def test_training_a_reloaded_model_and_resuming_it_bit_by_bit(tmp_path: Path) ->
     assert [n for n in expected if not torch.equal(last[n], expected[n])] == []
 
 
-@pytest.mark.filterwarnings(PEFT_WARNING)
 @pytest.mark.parametrize(
     "targets",
     [

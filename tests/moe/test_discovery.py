@@ -103,8 +103,6 @@ def test_refused_families_are_told_why(family: str) -> None:
     assert str(error.value).endswith(reason)
 
 
-# peft 0.21 reads a name that transformers 5.23 deprecates.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_on_attention_do_not_hide_the_layers() -> None:
     model = get_peft_model(fresh("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))
     names = [layer.name for layer in expert_layers(model.get_base_model())]

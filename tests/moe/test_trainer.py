@@ -119,8 +119,6 @@ def test_the_best_model_comes_back_whole(family, tmp_path):
     )
 
 
-# peft 0.21 reads a name that transformers 5.23 deprecates.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_resume_exactly(tmp_path):
     def adapted(trainer_class):
         torch.manual_seed(3)

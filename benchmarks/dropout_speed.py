@@ -7,14 +7,17 @@ Four dense shapes and their conversions to E = 16 experts; a training step (forw
 inference; one FFN, by the grouped and the dense way at every share, and the whole model, by the way that is
 chosen by itself. In each round the dense model and all variants run once, in random order, in one process of
 one thread, and their CPU time is compared, so that whatever else the machine does hits all alike. A figure is
-a ratio of medians over rounds with a bootstrap interval. Prints the share from which the dense way is faster
-on this machine, which `BREAK_EVEN` of `moe/dropout/experts.py` should be. Writes
+a ratio of medians over rounds with a bootstrap interval. Where the C library allows, memory is kept between
+steps: glibc maps every block of 32 MB anew, which costs up to 5 % of a step, and only some shapes have such
+blocks. Prints the share from which the dense way is faster on this machine, which `break_even_share` of
+`moe/dropout/experts.py` should follow. Writes
 `benchmarks/results/dropout_speed.json` and `docs/figures/dropout_speed.png`.
 """
 
 # B batch, S sequence, T tokens, D hidden (model) width, E experts, F FFN width, K active experts, R rounds
 
 import copy
+import ctypes
 import json
 import platform
 import time
@@ -61,7 +64,7 @@ class SpeedConfig:
     vocab_size: int = 2048
     seconds: float = 8.0
     """Of CPU time for each of the 24 comparisons, or as long as `rounds` take."""
-    rounds: int = 6
+    rounds: int = 16
     """At least; one more comes first and does not count."""
     most_rounds: int = 200
     threads: int = 1
@@ -69,6 +72,16 @@ class SpeedConfig:
     """Measure nothing; show what the file holds."""
     results: Path = Path("benchmarks/results")
     figures: Path = Path("docs/figures")
+
+
+def keep_memory() -> None:
+    """Ask glibc to give no freed memory back: no mapped blocks (M_MMAP_MAX), no M_TRIM_THRESHOLD."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, 0)
+    mallopt(-1, 2**31 - 1)
 
 
 def build(shape: str, config: SpeedConfig) -> Any:
@@ -205,6 +218,7 @@ def main(config: SpeedConfig) -> None:
     file = config.results / "dropout_speed.json"
     if not config.redraw:
         torch.set_num_threads(config.threads)
+        keep_memory()
         rows = measure(config)
         machine = {"torch": torch.__version__, "processor": platform.machine(), "threads": config.threads}
         result = {"num_experts": EXPERTS, "tokens": config.tokens, "machine": machine, "rows": rows}

@@ -2,21 +2,32 @@
 
 # T tokens, S choices (T * K), D hidden (model) width, E experts, I expert width, F = E * I, K active experts
 
-from typing import Any
+import math
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 
 from ..weights import ExpertWeights
+from .swiglu import weighted_swiglu
 
-BREAK_EVEN = {"cpu": 0.7, "cuda": 0.75}
-"""Share of active experts from which all of them are computed densely, by device type.
+BREAK_EVEN = {"cpu": (0.8, 0.065), "cuda": (0.75, 0.0)}
+"""Share of active experts from which all of them are computed densely, by device type: for experts with
+projections of 2**18 numbers, and by how much it falls with each halving (small products are slow products).
 
-That of the CPU is measured (`benchmarks/dropout_speed.py`), about the same in training and in inference; that
-of CUDA is an estimate, since no GPU was at hand. Other devices use the CPU's.
+Those of the CPU are fitted to measurements (`benchmarks/dropout_speed.py`), in training and in inference
+about the same; those of CUDA are an estimate, since no GPU was at hand. Other devices use the CPU's.
 """
+
+
+def break_even_share(projection_size: int, device: torch.device) -> float:
+    """Share K / E from which the dense way is faster, for experts with projections of that many numbers.
+
+    Between 0.4 and 0.9, the range that was measured.
+    """
+    share, slope = BREAK_EVEN.get(device.type, BREAK_EVEN["cpu"])
+    return min(max(share + slope * (math.log2(projection_size) - 18), 0.4), 0.9)
 
 
 class SlicedExperts(nn.Module):
@@ -26,13 +37,13 @@ class SlicedExperts(nn.Module):
     matrix products compute the chosen experts only. *Dense*: one FFN of width F computes all experts, and
     each block of I hidden activations is multiplied by its routing weight, zero where the expert was not
     chosen, before the down projection. Dense products run at a higher rate, so above a measured share K / E
-    (`BREAK_EVEN`) the second is faster.
+    (`break_even_share`) the second is faster.
 
     Attributes:
         gate_up_proj: ``[E, 2I, D]``, gate above up; or, without a gate, ``up_proj [E, I, D]``.
         down_proj: ``[E, I, D]``, one row a neuron, which makes both ways read it without a copy.
         gate_up_bias: ``[E, 2I]`` or ``None``; without a gate ``up_bias [E, I]``.
-        break_even: Share K / E from which the dense way is taken; ``None`` for that of the device.
+        break_even: Share K / E from which the dense way is taken; ``None`` for `break_even_share`'s.
 
     Args:
         num_experts: E.
@@ -99,7 +110,9 @@ class SlicedExperts(nn.Module):
 
     def computes_densely(self, num_active: int, device: torch.device) -> bool:
         """Whether the dense way is taken for that many active experts."""
-        share = BREAK_EVEN.get(device.type, BREAK_EVEN["cpu"]) if self.break_even is None else self.break_even
+        share = self.break_even
+        if share is None:
+            share = break_even_share(self.down_proj[0].numel(), device)
         return num_active >= share * self.num_experts
 
     def dense(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -133,31 +146,10 @@ class SlicedExperts(nn.Module):
         weights = weights.to(up.dtype)
         if not self.has_gate:
             return self.act_fn(up) * weights
+        if isinstance(self.act_fn, nn.SiLU | SiLUActivation) and not torch.compiler.is_compiling():
+            return weighted_swiglu(up, weights)
         gate, up = up.chunk(2, dim=-1)
-        product = _WeightedProduct.apply if torch.is_grad_enabled() else _WeightedProduct.forward
-        return product(self.act_fn(gate), up, weights)
-
-
-class _WeightedProduct(torch.autograd.Function):
-    """``a b w`` with w one number a row: autograd's own product keeps ``a b`` too, in two more passes."""
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-        return (a * b).mul_(w)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        a, b, w = ctx.saved_tensors
-        grad_a = grad * b
-        grad_w = (grad_a * a).sum(-1, keepdim=True) if ctx.needs_input_grad[2] else None
-        return grad_a.mul_(w), (grad * w).mul_(a), grad_w
+        return self.act_fn(gate) * up * weights
 
 
 def _new(like: Tensor, *shape: int) -> nn.Parameter:

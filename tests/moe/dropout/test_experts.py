@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from moekit.moe.dropout.experts import BREAK_EVEN
+from moekit.moe.dropout.experts import break_even_share
 from torch.utils.checkpoint import checkpoint
 
 from .layers import EXPERTS, WIDTH, expert_slice, ffn_output, random_ffn, random_hidden, sliced_experts
@@ -200,6 +200,7 @@ def test_the_way_is_chosen_by_the_share_of_active_experts():
     cpu = torch.device("cpu")
     assert experts.computes_densely(EXPERTS, cpu)
     assert not experts.computes_densely(1, cpu)
-    assert BREAK_EVEN["cpu"] > 1 / EXPERTS
+    assert break_even_share(2**18, cpu) > break_even_share(2**12, cpu) > 0
+    assert break_even_share(2**40, cpu) < 1
     experts.break_even = 0.0
     assert experts.computes_densely(1, cpu)

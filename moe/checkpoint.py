@@ -27,7 +27,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .discovery import expert_layers
+from .discovery import expert_layers, has_experts
 from .dropout.build import DropoutSpec, install_layers, read_spec
 from .group_router import set_logit_columns
 from .layer import ExpertLayer
@@ -258,7 +258,7 @@ def level_router_logits(model: PreTrainedModel, layers: Iterable[ExpertLayer]) -
 def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Config entries of the layers that differ from what the model's own config builds."""
     entries = {}
-    for layer in expert_layers(model):
+    for layer in _layers_if_any(model):
         mode = layer.router_mode
         group_of = layer.router._buffers.get("expert_group")
         rows = layer.num_experts if group_of is None else len(group_of)
@@ -275,6 +275,11 @@ def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
                 "scale": layer.router.group_scale,
             }
     return entries
+
+
+def _layers_if_any(model: PreTrainedModel) -> list[ExpertLayer]:
+    """Those of `expert_layers`; none for a dense model, which a checkpoint holds as it is."""
+    return expert_layers(model) if has_experts(model) else []
 
 
 def configured_experts(config: Any) -> int | None:
@@ -297,7 +302,7 @@ def update_expert_count(model: PreTrainedModel, old: int, new: int) -> None:
 
 def mark_form(model: PreTrainedModel) -> str:
     """Write into the model's config which form it has to be saved in: ``moekit`` or ``stock``."""
-    level_router_logits(model, expert_layers(model))
+    level_router_logits(model, _layers_if_any(model))
     marked: Any = model
     entries, spec = layer_entries(model), read_spec(model)
     if entries or spec is not None:

@@ -28,6 +28,11 @@ class UnsupportedModelError(ValueError):
     """The model has no MoE layer that moekit can serve."""
 
 
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether any module holds routed experts that `expert_layers` would find."""
+    return any(find_storage(module) is not None for module in model.modules())
+
+
 def expert_layers(model: PreTrainedModel) -> list[ExpertLayer]:
     """Find the MoE layers of a model, in the order of its modules.
 

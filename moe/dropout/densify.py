@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import mark_form
+from ..discovery import has_experts
 from ..router import EXPERT_COUNT_KEYS
-from ..storage import find_storage
 from ..weights import ExpertWeights
 from .analytic_router import AnalyticRouter
 from .convert import require_smoe_layers
@@ -198,7 +198,7 @@ def _clear_config(model: PreTrainedModel) -> None:
     declared = {entry.name for entry in fields(type(config))} | set(config.attribute_map)
     for name in {"num_experts_per_tok", *EXPERT_COUNT_KEYS} - declared:
         vars(config).pop(name, None)
-    if any(find_storage(module) is not None for module in model.modules()):
+    if has_experts(model):
         mark_form(model)
         return
     vars(config).pop("quantization_config", None)

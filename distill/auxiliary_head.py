@@ -1,0 +1,101 @@
+"""The head that hears the teacher and is thrown away: linear, or a narrow bottleneck."""
+
+# D feature width, R bottleneck width, C classes
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .task_head import TaskHead
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxiliaryHeadSpec:
+    """What an auxiliary head looks like; enough to build it again.
+
+    Raises:
+        ValueError: A kind or norm that does not exist, or a width or dropout out of range.
+    """
+
+    kind: str = "bottleneck"
+    """``linear`` (teacher and student of one family), ``bottleneck`` (of different ones), or ``copy``, a
+    linear map that begins as the task head."""
+    width: int = 200
+    """R of the bottleneck; 200 in the paper, for every model."""
+    dropout: float = 0.1
+    """Of the bottleneck."""
+    norm: str = "auto"
+    """Of the bottleneck: ``batch`` as in the paper, for one feature an example; ``rms`` for tokens, whose
+    number and padding batch statistics would depend on. ``auto`` goes by what the task head reads."""
+
+    def __post_init__(self) -> None:
+        """Check everything."""
+        kinds, norms = ("linear", "bottleneck", "copy"), ("auto", "batch", "rms")
+        if self.kind not in kinds:
+            raise ValueError(f"auxiliary head kind={self.kind!r} is not one of {', '.join(kinds)}")
+        if self.norm not in norms:
+            raise ValueError(f"auxiliary head norm={self.norm!r} is not one of {', '.join(norms)}")
+        if type(self.width) is not int or self.width < 1:
+            raise ValueError(f"auxiliary head width={self.width!r} is not an integer of at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"auxiliary head dropout={self.dropout!r} is not in [0, 1)")
+
+
+def build_auxiliary_head(head: TaskHead, spec: AuxiliaryHeadSpec, num_classes: int) -> nn.Module:
+    """Make an auxiliary head for the features of a task head, on its device and in its dtype.
+
+    ``linear`` is ``W h + b``; ``bottleneck`` is ``W2 relu(norm(dropout(W1 h + b1))) + b2``.
+
+    Args:
+        head: Whose features it reads.
+        spec: What it looks like.
+        num_classes: C of the teacher.
+
+    Raises:
+        ValueError: ``copy`` for a teacher with another number of classes, or ``batch`` for tokens.
+
+    Reference: Yang et al., Dual-Head Knowledge Distillation (KDD 2025), arXiv:2411.08937.
+
+    *Departs from the paper*: `RMSNorm` for tokens. The released code has the width as a constant.
+    """
+    like = head.linear.weight
+    where: Any = {"device": like.device, "dtype": like.dtype}
+    if spec.kind == "linear":
+        return nn.Linear(head.num_features, num_classes, **where)
+    if spec.kind == "copy":
+        return _copy(head, num_classes)
+    norm = _norm(head, spec)
+    return nn.Sequential(
+        nn.Linear(head.num_features, spec.width, **where),
+        nn.Dropout(spec.dropout),
+        norm(spec.width, **where),
+        nn.ReLU(),
+        nn.Linear(spec.width, num_classes, **where),
+    )
+
+
+def _copy(head: TaskHead, num_classes: int) -> nn.Linear:
+    if num_classes != head.num_classes:
+        raise ValueError(
+            f"kind='copy' needs a teacher with the student's {head.num_classes} classes, not {num_classes}; "
+            "use kind='linear'"
+        )
+    like = head.linear.weight
+    has_bias = head.linear.bias is not None
+    copied = nn.Linear(head.num_features, num_classes, bias=has_bias, device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        for ours, theirs in zip(copied.parameters(), head.linear.parameters(), strict=True):
+            ours.copy_(theirs)
+    return copied
+
+
+def _norm(head: TaskHead, spec: AuxiliaryHeadSpec) -> type[nn.Module]:
+    if spec.norm == "batch" and head.reads_tokens:
+        raise ValueError(
+            "norm='batch' is for one feature an example, and this student has one for each token, padding "
+            "included; use norm='rms'"
+        )
+    is_rms = spec.norm == "rms" or (spec.norm == "auto" and head.reads_tokens)
+    return nn.RMSNorm if is_rms else nn.BatchNorm1d

@@ -1,0 +1,36 @@
+"""Distillation losses of hidden states and heads, in chunks: the logits of all rows at once never exist.
+
+    from moekit.distill import fused
+
+    head, teacher = fused.Head.of(model.lm_head), fused.TeacherStates(hidden, fused.Head.of(large.lm_head))
+    loss = fused.fused_loss(states, head, fused.kl(temperature=2), teacher=teacher)
+
+An objective bears the name of the dense loss in `moekit.distill.losses` that it equals.
+"""
+
+from .binary_kl_norm import binary_kl_norm
+from .chunked import fused_loss
+from .cross_entropy import cross_entropy, cross_entropy_plus
+from .heads import Head, Teacher, TeacherStates
+from .jsd import jsd
+from .kl import kl, reverse_kl, skewed_kl, skewed_reverse_kl
+from .objective import Objective, Rule, Tile, weighted_sum
+
+__all__ = [
+    "Head",
+    "Objective",
+    "Rule",
+    "Teacher",
+    "TeacherStates",
+    "Tile",
+    "binary_kl_norm",
+    "cross_entropy",
+    "cross_entropy_plus",
+    "fused_loss",
+    "jsd",
+    "kl",
+    "reverse_kl",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "weighted_sum",
+]

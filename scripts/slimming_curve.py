@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from .console import table
 CURVE_FILE = "slimming_curve.json"
 PICTURE_FILE = "slimming_curve.png"
 FORMAT = "moekit.slimming_curve"
-REPEATS = 5
+REPEATS = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class CurvePoint:
     """exp(loss), for language models."""
     bits_per_token: float | None
     speed: float
-    """Units (tokens, texts or pictures) per second of one process."""
+    """Units (tokens or pictures) per second of one process, in the fastest forward."""
     load: dict[str, list[int]]
     """By layer: how many held-out tokens each expert got."""
 
@@ -111,6 +110,7 @@ def measure_curve(
     task: str,
     unit: str,
     k_trained: tuple[int, int] | None,
+    expert_share: float,
     dense: Any = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> SlimmingCurve:
@@ -123,6 +123,7 @@ def measure_curve(
         task: Of the model.
         unit: What speed counts.
         k_trained: Ends of the schedule.
+        expert_share: Width of an expert in that of the dense FFN: 1 / E for slices, 1 for copies.
         dense: A dense model to be timed beside, on the same device.
         say: Told what begins.
     """
@@ -150,7 +151,7 @@ def measure_curve(
         points.append(
             CurvePoint(
                 active_experts=k,
-                ffn_work=1.0 if k is None else ffn_work(model, k),
+                ffn_work=1.0 if k is None else k * expert_share,
                 loss=loss,
                 accuracy=found[f"{_prefix(k)}_accuracy"],
                 perplexity=_perplexity(loss) if is_text else None,
@@ -168,13 +169,6 @@ def summarise(rows_N3: Any) -> dict[str, float]:
     """Cross-entropy and accuracy of what `row_metrics` found, every label counting alike."""
     loss, count, right = np.asarray(rows_N3, dtype=np.float64).sum(0).tolist()
     return {"cross_entropy": loss / max(count, 1), "accuracy": right / max(count, 1)}
-
-
-def ffn_work(model: Any, k: int) -> float:
-    """Multiplications of the converted FFNs over those of the dense ones: K / E for slices, K for copies."""
-    router: Any = next(iter(smoe_layers(model).values())).router
-    is_carved = router.scale != 1 or router.combine == "residual"
-    return k / router.num_experts if is_carved else float(k)
 
 
 def _perplexity(loss: float) -> float | None:
@@ -207,7 +201,10 @@ def _of_all_processes(counts: dict[str, Tensor]) -> dict[str, list[int]]:
 def _speeds(
     trainer: Any, model: Any, choices: Sequence[int | None], batch: tuple[dict[str, Tensor], int], dense: Any
 ) -> tuple[list[float], float | None]:
-    """Units per second at each K and of a dense model: medians of forwards in turns, after one to warm up."""
+    """Units per second at each K and of a dense model, of the fastest of some forwards in turns.
+
+    The fastest, because whatever else the machine does can only slow a forward down.
+    """
     inputs = {key: value.to(trainer.args.device) for key, value in batch[0].items()}
     runs = [(trainer.model_wrapped, k) for k in choices] + ([] if dense is None else [(dense, None)])
     times: list[list[float]] = [[] for _ in runs]
@@ -221,7 +218,7 @@ def _speeds(
                 timed(**inputs)
             _wait(trainer.args.device)
             found.append(time.perf_counter() - start)
-    speeds = [batch[1] / median(found[1:]) for found in times]
+    speeds = [batch[1] / min(found[1:]) for found in times]
     return (speeds, None) if dense is None else (speeds[:-1], speeds[-1])
 
 

@@ -1,8 +1,6 @@
 """`moekit train`: from a config or a dense model to a trained, self-slimmable one, with its curve."""
 
-import json
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +22,7 @@ from .options import TrainOptions
 from .slimming_curve import SlimmingCurve, curve_table, measure_curve, summarise
 from .staging import partial_folder, staged_folder
 from .train_arguments import check_sharding
+from .train_checkpoints import remove_incomplete, step_of, whole_checkpoints
 from .train_data import row_metrics
 from .train_export import check_export, export
 from .train_model import build_model, convert, convert_analytically, empty_twin, resolve_combine
@@ -72,7 +71,7 @@ def _shared_folder(job: TrainJob) -> Iterator[Path]:
     check_unfinished(out, job.settings)
     with staged_folder(out, job.settings) as staging:
         job.folder.mkdir(parents=True, exist_ok=True)
-        _remove_incomplete(job)
+        remove_incomplete(job.folder, job.arguments)
         wait()
         yield staging.output
         wait()
@@ -85,7 +84,7 @@ def _say(job: TrainJob, text: str) -> None:
 
 def _train(job: TrainJob, output: Path) -> TrainRun:
     """Do the work; every process comes through here."""
-    checkpoints = _checkpoints(job)
+    checkpoints = whole_checkpoints(job.folder, job.arguments)
     _say(job, f"Training on {len(job.examples.train):,} examples, {job.arguments.world_size} process(es)")
     model = _make_model(job, is_resumed=bool(checkpoints))
     use_cache = getattr(model.config, "use_cache", None)
@@ -103,7 +102,7 @@ def _train(job: TrainJob, output: Path) -> TrainRun:
         history=history,
         steps=trainer.state.global_step,
         form_metrics=exported.metrics,
-        warnings=find_training_warnings(job, curve),
+        warnings=(*find_training_warnings(job, curve), *exported.caveats),
     )
     if job.is_main:
         write_training_records(finished, output)
@@ -194,36 +193,6 @@ def _make_trainer(job: TrainJob, model: PreTrainedModel) -> Any:
     return trainer
 
 
-def _checkpoints(job: TrainJob) -> list[Path]:
-    """Whole checkpoints, the last first."""
-    found = {path: _step(path) for path in job.folder.glob("checkpoint-*") if _is_whole(path, job)}
-    return sorted(found, key=lambda path: found[path], reverse=True)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _is_whole(checkpoint: Path, job: TrainJob) -> bool:
-    """Whether a checkpoint was written to its end: Trainer writes its state last."""
-    try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    world = job.arguments.world_size
-    names = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
-    return state.get("global_step") == _step(checkpoint) and all(
-        (checkpoint / name).is_file() for name in names
-    )
-
-
-def _remove_incomplete(job: TrainJob) -> None:
-    """Remove what a killed run was writing."""
-    for path in job.folder.glob("checkpoint-*"):
-        if not _is_whole(path, job):
-            shutil.rmtree(path)
-
-
 def _fit(job: TrainJob, trainer: Any, checkpoints: list[Path]) -> None:
     """Train to the end, from the last checkpoint if there is one."""
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -237,7 +206,7 @@ def _fit(job: TrainJob, trainer: Any, checkpoints: list[Path]) -> None:
         trainer.train()
         return
     last = str(checkpoints[0])
-    _say(job, f"Going on from step {_step(checkpoints[0])}")
+    _say(job, f"Going on from step {step_of(checkpoints[0])}")
     if not finished:
         trainer.train(resume_from_checkpoint=last)
         return
@@ -265,6 +234,7 @@ def _measure(job: TrainJob, trainer: Any) -> SlimmingCurve:
         task=job.task,
         unit=job.examples.unit,
         k_trained=None if job.schedule is None else (job.schedule.k_start, job.schedule.k_end),
+        expert_share=job.expert_share,
         dense=twin,
         say=partial(_say, job),
     )

@@ -146,7 +146,7 @@ def _values(options: TrainOptions, folder: Path, start: str) -> dict[str, Any]:
         "seed": options.seed,
         "disable_tqdm": True,
         # DeepSpeed and FSDP are silently left out where the CPU is asked for.
-        "use_cpu": not is_accelerated and not _asked_sharding(),
+        "use_cpu": not is_accelerated and not asked_sharding(),
         "ddp_backend": None if is_accelerated or "WORLD_SIZE" not in os.environ else "gloo",
         "dataloader_pin_memory": is_accelerated,
     }
@@ -188,7 +188,7 @@ def check_sharding(found: DistributedType) -> None:
     Raises:
         ValueError: Says what came instead.
     """
-    name = _asked_sharding()
+    name = asked_sharding()
     if name is not None and found != OFFERED_SHARDING[name]:
         raise ValueError(
             f"accelerate was asked for {OFFERED_SHARDING[name].value} and gives {found.value}; unset "
@@ -196,7 +196,8 @@ def check_sharding(found: DistributedType) -> None:
         )
 
 
-def _asked_sharding() -> str | None:
+def asked_sharding() -> str | None:
+    """What `accelerate launch` was asked for, of `OFFERED_SHARDING`."""
     return next((name for name in OFFERED_SHARDING if _is_set(name)), None)
 
 

@@ -66,7 +66,7 @@ class Examples:
     fingerprint: str
     """Changes when an example does."""
     unit: str
-    """What speed is counted in: tokens, texts or pictures."""
+    """What speed is counted in: tokens or pictures."""
 
     def calibration_batches(self, batch_size: int) -> list[dict[str, Tensor]]:
         """A few batches to train on, without labels."""

@@ -9,9 +9,10 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
-from ..moe import ActiveExpertsCallback, save_checkpoint, to_dense, to_stock
+from ..moe import ActiveExpertsCallback, save_checkpoint, smoe_layers, to_dense, to_stock
 from ..moe.checkpoint import write_config_aliases
 from ..moe.dropout.load import ExpertLoadCallback
+from ..moe.dropout.stock import width_caveat
 from .slimming_curve import summarise
 from .train_prepare import TrainJob
 from .verify import VerificationError
@@ -27,6 +28,8 @@ class Exported:
     model_class: str
     metrics: dict[str, float] = field(default_factory=dict)
     """Quality of a form that is not exactly the model that was trained."""
+    caveats: tuple[str, ...] = ()
+    """What its users must know."""
 
 
 def check_export(job: TrainJob, trainer: Any, model: PreTrainedModel) -> None:
@@ -63,9 +66,11 @@ def export(job: TrainJob, trainer: Any, output: Path) -> Exported:
         _save_beside(job, output)
         return Exported(model_class)
     model, metrics = trainer.accelerator.unwrap_model(trainer.model), {}
+    caveat = None
     if job.schedule is not None and job.form == "dense":
         metrics = _densify(job, trainer, model)
     elif job.form == "stock":
+        caveat = width_caveat(next(iter(smoe_layers(model).values())))
         model = to_stock(model)
     if job.is_main:
         if job.form == "moekit":
@@ -75,7 +80,7 @@ def export(job: TrainJob, trainer: Any, output: Path) -> Exported:
             write_config_aliases(output / "config.json")
         _verify(model, output)
         _save_beside(job, output)
-    return Exported(type(model).__name__, metrics)
+    return Exported(type(model).__name__, metrics, () if caveat is None else (caveat,))
 
 
 def _is_sharded(trainer: Any) -> bool:

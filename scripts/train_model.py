@@ -248,6 +248,14 @@ def convert(model: PreTrainedModel, options: TrainOptions, *, start: str, partit
     )
 
 
+def shared_experts(options: TrainOptions) -> int:
+    """How many experts are always active: none but with --router analytic, and there a quarter."""
+    if options.router != "analytic":
+        return 0
+    experts = options.experts or DEFAULT_EXPERTS
+    return max(1, experts // 4) if options.shared_experts is None else options.shared_experts
+
+
 def convert_analytically(
     model: PreTrainedModel, options: TrainOptions, batches: list[dict[str, Any]]
 ) -> PreTrainedModel:
@@ -257,9 +265,8 @@ def convert_analytically(
         ValueError: What `to_cmoe` refuses.
     """
     experts = options.experts or DEFAULT_EXPERTS
-    shared = max(1, experts // 4) if options.shared_experts is None else options.shared_experts
     layers = options.layers or None
-    return to_cmoe(model, batches, experts, shared, seed=options.seed, layers=layers)
+    return to_cmoe(model, batches, experts, shared_experts(options), seed=options.seed, layers=layers)
 
 
 def load_processor(options: TrainOptions, source: Source, task: str) -> Any:

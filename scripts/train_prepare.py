@@ -5,9 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..moe import KSchedule, dense_ffns
+from ..moe.dropout.build import DropoutSpec
+from ..moe.dropout.dense_ffn import ffns_at
 from .options import TrainOptions
 from .prepare import SIZE, check_machine, check_names
 from .record import versions
@@ -23,6 +25,7 @@ from .train_model import (
     prepare_config,
     resolve_combine,
     resolve_start,
+    shared_experts,
     training_skeleton,
 )
 
@@ -64,6 +67,10 @@ class TrainJob:
     """Tokenizer or image processor."""
     examples: Examples
     labels: tuple[str, ...]
+    router: str
+    """A key of `ROUTERS`, of the model that is trained on where it has one; or none."""
+    expert_share: float
+    """Width of an expert in that of the dense FFN: 1 / E for slices, 1 for copies and the dense model."""
     schedule: KSchedule | None
     """None for the dense model."""
     arguments: TrainingArguments
@@ -123,6 +130,8 @@ def prepare_training(options: TrainOptions) -> TrainJob:
     file = read_arguments_file(options.training_arguments)
     source = open_training_source(options.model)
     start = resolve_start(options, source)
+    router = options.router if source.spec is None else source.spec.router
+    _check_use(options, router)
     schedule = _schedule(options, source)
     rows = read_classes(options) if options.task == "classification" else None
     task = options.task if rows is None else "images" if rows[0][0].picture is not None else "classification"
@@ -132,7 +141,8 @@ def prepare_training(options: TrainOptions) -> TrainJob:
     skeleton = training_skeleton(config, task, source.name)
     if start != "continue":
         _try_conversion(options, skeleton, start)
-    _check_dense_form(options, source, start)
+    share = expert_share(skeleton, source.spec, start, 1 if schedule is None else schedule.num_experts)
+    _check_dense_form(options, share, schedule)
     if rows is None:
         examples = text_examples(options, processor, skeleton)
     else:
@@ -148,6 +158,8 @@ def prepare_training(options: TrainOptions) -> TrainJob:
         processor=processor,
         examples=examples,
         labels=labels,
+        router=router,
+        expert_share=share,
         schedule=schedule,
         arguments=training_arguments(options, folder, start, file),
     )
@@ -208,9 +220,6 @@ def _check_router(options: TrainOptions) -> None:
         raise ValueError("--ffn-dropout is for the dense model, --router none")
     if not 0 <= options.ffn_dropout < 1:
         raise ValueError(f"--ffn-dropout {options.ffn_dropout} is not at least 0 and less than 1")
-    for name, router in ROUTER_OF.items():
-        if name in said and options.router != router:
-            raise ValueError(f"{_flag(name)} is for --router {router}, got --router {options.router}")
     if options.router == "analytic":
         _check_analytic(options)
     if options.drop_fraction and options.start != "copy":
@@ -221,6 +230,14 @@ def _check_router(options: TrainOptions) -> None:
         raise ValueError(f"--partition coactivation is for --start carve, got --start {options.start}")
     if options.form == "stock":
         _check_stock(options)
+
+
+def _check_use(options: TrainOptions, found: str) -> None:
+    """Refuse options that only another router has a use for; one that a checkpoint has may be named again."""
+    said = {field.name for field in fields(options) if getattr(options, field.name) != field.default}
+    for name, router in ROUTER_OF.items():
+        if name in said and found != router:
+            raise ValueError(f"{_flag(name)} is for --router {router}, got --router {found}")
 
 
 def _check_analytic(options: TrainOptions) -> None:
@@ -236,11 +253,22 @@ def _check_analytic(options: TrainOptions) -> None:
         raise ValueError(
             f"--shared-experts {options.shared_experts} is not between 0 and {experts - 1} of {experts}"
         )
+    shared = shared_experts(options)
+    given = {
+        "k_start": options.k_start,
+        "k_end": options.k_end,
+        "eval_experts": min(options.eval_experts, default=None),
+    }
+    for name, k in given.items():
+        if k is not None and k < shared:
+            raise ValueError(
+                f"{_flag(name)} {k} is less than the {shared} shared experts, which are always active"
+            )
 
 
 def _check_stock(options: TrainOptions) -> None:
     """Refuse what a stock class cannot hold exactly; whether there is one for the family is seen later."""
-    if options.router != "random" or options.center_routers:
+    if options.router not in ("random", "learned") or options.center_routers:
         what = "--center-routers" if options.center_routers else f"--router {options.router}"
         raise ValueError(f"--form stock has no place for {what}; take --form moekit")
     if options.combine not in ("auto", "softmax"):
@@ -255,22 +283,38 @@ def _schedule(options: TrainOptions, source: Source) -> KSchedule | None:
     experts = options.experts or (DEFAULT_EXPERTS if source.spec is None else source.spec.num_experts)
     if experts < 2:
         raise ValueError(f"--experts {experts} is not at least 2")
-    k_end = experts if options.k_end is None else options.k_end
-    half = max(1, experts // 2)
+    is_constant = options.schedule == "constant"
+    k_end = options.k_end
+    if k_end is None:
+        k_end = options.k_start if is_constant and options.k_start is not None else experts
     k_start = options.k_start
     if k_start is None:
-        k_start = k_end if options.schedule == "constant" else min(half, k_end)
+        k_start = k_end if is_constant else min(max(1, experts // 2, shared_experts(options)), k_end)
     schedule = KSchedule(options.schedule, k_start, k_end, experts, seed=options.seed)
     if wrong := [k for k in options.eval_experts if not 1 <= k <= experts]:
         raise ValueError(f"--eval-experts {wrong[0]} is not between 1 and {experts} experts")
     return schedule
 
 
-def _check_dense_form(options: TrainOptions, source: Source, start: str) -> None:
+def expert_share(skeleton: PreTrainedModel, spec: DropoutSpec | None, start: str, num_experts: int) -> float:
+    """Width of an expert in that of the dense FFN.
+
+    Args:
+        skeleton: The dense model.
+        spec: Of the layers that a checkpoint has.
+        start: How layers are made that it does not have.
+        num_experts: E; 1 for the dense model.
+    """
+    if spec is None:
+        return 1.0 if start == "copy" else 1 / num_experts
+    name, ffn = next(iter(ffns_at(skeleton, spec.widths).items()))
+    return spec.widths[name] / ffn.width
+
+
+def _check_dense_form(options: TrainOptions, share: float, schedule: KSchedule | None) -> None:
     """Refuse to make one FFN of copies, which only slices are parts of."""
-    spec = source.spec
-    has_copies = start == "copy" or (spec is not None and spec.scale == 1 and spec.combine != "residual")
-    if options.form == "dense" and options.router != "none" and has_copies:
+    has_copies = schedule is not None and share * schedule.num_experts > 1
+    if options.form == "dense" and has_copies:
         raise ValueError(
             "--form dense is for experts that are slices of one FFN, not copies; take --form moekit"
         )

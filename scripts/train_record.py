@@ -44,7 +44,7 @@ def find_training_warnings(job: TrainJob, curve: SlimmingCurve) -> tuple[str, ..
             more = f" and {len(dead) - SHOWN_LAYERS} more layers" if len(dead) > SHOWN_LAYERS else ""
             found.append(
                 f"with {point.active_experts} active experts no held-out token reached the experts {shown}"
-                f"{more}{ADVICE.get(job.options.router, '')}"
+                f"{more}{ADVICE.get(job.router, '')}"
             )
     if job.schedule is not None and job.form == "dense" and job.schedule.k_end < job.schedule.num_experts:
         found.append(
@@ -172,7 +172,7 @@ def _summary(run: TrainRun) -> str:
         return f"{made}, without experts."
     ends = f"{job.schedule.k_start} to {job.schedule.k_end} of {job.schedule.num_experts}"
     return (
-        f"{made} with SMoE-Dropout ({job.options.router} router, schedule {job.schedule.name}, {ends} "
+        f"{made} with SMoE-Dropout ({job.router} router, schedule {job.schedule.name}, {ends} "
         f"experts active; form: {job.form})."
     )
 

@@ -88,6 +88,8 @@ def _row(row: Any, where: str) -> LabelledRow:
     texts = [row[key] for key in (text, pair) if key is not None]
     if not all(isinstance(value, str) for value in texts):
         raise ValueError(f"{where} has a text that is no text: {texts!r:.80}")
+    if not texts[0].strip():
+        raise ValueError(f"{where} has an empty text; take the row out")
     return LabelledRow(str(label), texts[0], texts[1] if pair else None)
 
 

@@ -83,6 +83,10 @@ def to_smoe_dropout(
         ValueError: E does not divide an FFN's width, or an argument is out of range. Nothing is changed then.
     """
     _check_model(model)
+    if type(num_experts) is not int or num_experts < 2:
+        raise ValueError(f"num_experts={num_experts!r} is not an integer of at least 2")
+    if layers is not None and not len(layers):
+        raise ValueError("layers names none; leave it out to convert all")
     ffns = dense_ffns(model, layers)
     _check_arguments(num_experts, combine, start, drop_fraction, logit_std)
     if (router, combine) == ("learned", "uniform"):

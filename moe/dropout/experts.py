@@ -12,22 +12,28 @@ from transformers.activations import SiLUActivation
 from ..weights import ExpertWeights
 from .swiglu import weighted_swiglu
 
-BREAK_EVEN = {"cpu": (0.8, 0.065), "cuda": (0.75, 0.0)}
-"""Share of active experts from which all of them are computed densely, by device type: for experts with
-projections of 2**18 numbers, and by how much it falls with each halving (small products are slow products).
+BREAK_EVEN = {"cpu": (0.77, 0.07), "cuda": (0.75, 0.0)}
+"""Share of active experts from which all of them are computed densely, by device type: for experts whose gate
+and up hold 2**19 numbers, and by how much it falls with each halving (small products are slow products).
 
-Those of the CPU are fitted to measurements (`benchmarks/dropout_speed.py`), in training and in inference
-about the same; those of CUDA are an estimate, since no GPU was at hand. Other devices use the CPU's.
+Those of the CPU are fitted to inference in float32 (`benchmarks/dropout_speed.py`), where the dense way pays
+earlier than in training; those of CUDA are an estimate, since no GPU was at hand. Others use the CPU's.
 """
 
 
-def break_even_share(projection_size: int, device: torch.device) -> float:
-    """Share K / E from which the dense way is faster, for experts with projections of that many numbers.
+def break_even_share(expert_size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Share K / E from which the dense way is faster.
 
-    Between 0.4 and 0.9, the range that was measured.
+    Args:
+        expert_size: Numbers in an expert's gate and up.
+        device: Where it computes.
+        dtype: In what it multiplies. On CPUs products of half precision are so fast that sorting the tokens
+            costs more than it saves at any share.
     """
+    if device.type == "cpu" and dtype.itemsize < 4:
+        return 0.0
     share, slope = BREAK_EVEN.get(device.type, BREAK_EVEN["cpu"])
-    return min(max(share + slope * (math.log2(projection_size) - 18), 0.4), 0.9)
+    return min(max(share + slope * (math.log2(expert_size) - 19), 0.35), 0.9)
 
 
 class SlicedExperts(nn.Module):
@@ -104,15 +110,16 @@ class SlicedExperts(nn.Module):
         """Sum the chosen experts' outputs, each times its routing weight."""
         # The compiler traces torch's grouped product in bfloat16 only.
         is_untraceable = torch.compiler.is_compiling() and self.down_proj.dtype is not torch.bfloat16
-        if is_untraceable or self.computes_densely(expert_ids.shape[1], hidden_states.device):
+        if is_untraceable or self.computes_densely(expert_ids.shape[1], hidden_states):
             return self.dense(hidden_states, expert_ids, routing_weights)
         return self.grouped(hidden_states, expert_ids, routing_weights)
 
-    def computes_densely(self, num_active: int, device: torch.device) -> bool:
-        """Whether the dense way is taken for that many active experts."""
+    def computes_densely(self, num_active: int, hidden_states: Tensor) -> bool:
+        """Whether the dense way is taken for that many active experts and such hidden states."""
         share = self.break_even
         if share is None:
-            share = break_even_share(self.down_proj[0].numel(), device)
+            size = getattr(self, self.up_names[0])[0].numel()
+            share = break_even_share(size, hidden_states.device, _compute_dtype(hidden_states))
         return num_active >= share * self.num_experts
 
     def dense(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -121,7 +128,7 @@ class SlicedExperts(nn.Module):
         shape = len(hidden_TD), self.num_experts
         weights_TE = weights_TK.new_zeros(shape).scatter_add(1, ids_TK, weights_TK)
         bias_F = None if bias_EI is None else bias_EI.flatten()
-        up_TEI = nn.functional.linear(hidden_TD, up_EID.flatten(0, 1), bias_F).view(*shape, -1)
+        up_TEI = nn.functional.linear(hidden_TD, up_EID.flatten(0, 1), bias_F).view(*shape, up_EID.shape[1])
         hidden_TEI = self._activate(up_TEI, weights_TE[:, :, None])
         return hidden_TEI.flatten(1) @ self.down_proj.flatten(0, 1)
 
@@ -158,14 +165,19 @@ def _new(like: Tensor, *shape: int) -> nn.Parameter:
 
 def _grouped_matmul(rows_SA: Tensor, weights_EAB: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply rows, sorted by expert, by their expert's matrix; expert e's rows end at ``ends_E[e]``."""
-    if torch.is_autocast_enabled(rows_SA.device.type):  # which knows nothing of grouped products
-        dtype = torch.get_autocast_dtype(rows_SA.device.type)
-        rows_SA, weights_EAB = rows_SA.to(dtype), weights_EAB.to(dtype)
+    dtype = _compute_dtype(rows_SA)  # autocast knows nothing of grouped products
+    rows_SA, weights_EAB = rows_SA.to(dtype), weights_EAB.to(dtype)
     if _has_grouped_product(rows_SA, weights_EAB):
         return nn.functional.grouped_mm(rows_SA, weights_EAB, offs=ends_E)
     sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
     parts = zip(rows_SA.split(sizes), weights_EAB, strict=True)
     return torch.cat([rows @ weight for rows, weight in parts])
+
+
+def _compute_dtype(rows: Tensor) -> torch.dtype:
+    """In what a product with these rows is computed."""
+    kind = rows.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
 
 
 def _has_grouped_product(rows_SA: Tensor, weights_EAB: Tensor) -> bool:

@@ -128,12 +128,12 @@ def to_stock(model: PreTrainedModel, *, uniform_as_softmax: bool = False) -> Pre
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(model.device)
     stock.generation_config = copy.deepcopy(model.generation_config)
-    for caveat in filter(None, (recipe.caveat, _width_caveat(next(iter(layers.values()))))):
+    for caveat in filter(None, (recipe.caveat, width_caveat(next(iter(layers.values()))))):
         logger.warning("%s: %s", type(stock).__name__, caveat)
     return stock.train(model.training)
 
 
-def _width_caveat(layer: SMoEDropout) -> str | None:
+def width_caveat(layer: SMoEDropout) -> str | None:
     """A note on experts whose rows do not fill 16 bytes, as torch's grouped matrix product asks."""
     down_EID = layer.experts.down_proj
     width, unit = down_EID.shape[1], 16 // down_EID.element_size()

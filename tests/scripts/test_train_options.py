@@ -41,11 +41,22 @@ def test_routers_are_those_of_the_library():
         (("--experts", 5), "experts"),
         (("--experts", 1), "--experts 1 is not at least 2"),
         (("--k-start", 5), "k_start=5 is not between 1 and 4 experts"),
-        (("--schedule", "constant", "--k-start", 2), "schedule='constant' has one number of experts"),
+        (
+            ("--schedule", "constant", "--k-start", 2, "--k-end", 3),
+            "schedule='constant' has one number of experts",
+        ),
         (("--eval-experts", 2, 9), "--eval-experts 9 is not between 1 and 4 experts"),
         (("--epochs", 1), "give --steps or --epochs"),
         (("--shared-experts", 2), "--shared-experts is for --router analytic, got --router random"),
         (("--router", "analytic", "--shared-experts", 4), "--shared-experts 4 is not between 0 and 3 of 4"),
+        (
+            ("--router", "analytic", "--shared-experts", 3, "--k-start", 2),
+            "--k-start 2 is less than the 3 shared",
+        ),
+        (
+            ("--router", "analytic", "--shared-experts", 3, "--eval-experts", 1),
+            "--eval-experts 1 is less than",
+        ),
         (("--router", "analytic", "--start", "copy"), "--router analytic is for --start carve"),
         (("--router", "analytic", "--partition", "random"), "leave out --partition random"),
         (("--batch-size", 0), "--batch-size 0 is not a positive number"),
@@ -153,6 +164,7 @@ def test_rows_of_every_kind_of_file(tmp_path, ending):
     [
         ('{"text": "a"}', "it needs 'label' and one of text"),
         ('{"text": "a", "label": 0.5}', "has the label 0.5"),
+        ('{"text": " ", "label": "x"}', "has an empty text"),
         ('{"text": 3, "label": "x"}', "has a text that is no text"),
         ("[1]", "is a list, not an object"),
         ("{", "cannot be read"),

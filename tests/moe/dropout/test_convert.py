@@ -150,6 +150,8 @@ def test_k_out_of_range_is_refused_everywhere(tmp_path, k):
         ({"num_experts": 5}, r"5 experts do not divide .* possible: 2, 3, 4"),
         ({"num_experts": 1}, "num_experts=1 is not an integer of at least 2"),
         ({"router": "top"}, "router='top' is not one of"),
+        ({"num_experts": 0}, "num_experts=0 is not an integer of at least 2"),
+        ({"layers": []}, "layers names none"),
         ({"partition": "magic"}, "partition='magic' is not one of"),
         ({"start": "copy", "combine": "residual"}, "combine='residual'"),
         ({"drop_fraction": 0.5}, "drop_fraction=0.5 is for start='copy'"),

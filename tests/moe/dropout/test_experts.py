@@ -197,10 +197,26 @@ def test_expert_views_write_to_the_parameters():
 
 def test_the_way_is_chosen_by_the_share_of_active_experts():
     experts = sliced_experts(random_ffn())
-    cpu = torch.device("cpu")
-    assert experts.computes_densely(EXPERTS, cpu)
-    assert not experts.computes_densely(1, cpu)
-    assert break_even_share(2**18, cpu) > break_even_share(2**12, cpu) > 0
-    assert break_even_share(2**40, cpu) < 1
+    hidden = random_hidden()
+    assert experts.computes_densely(EXPERTS, hidden)
+    assert not experts.computes_densely(1, hidden)
+    assert experts.computes_densely(1, hidden.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experts.computes_densely(1, hidden)
     experts.break_even = 0.0
-    assert experts.computes_densely(1, cpu)
+    assert experts.computes_densely(1, hidden)
+
+
+def test_larger_experts_are_sorted_for_longer():
+    cpu, kind = torch.device("cpu"), torch.float32
+    assert break_even_share(2**18, cpu, kind) > break_even_share(2**12, cpu, kind) > 0
+    assert break_even_share(2**40, cpu, kind) < 1
+
+
+@pytest.mark.parametrize("way", ["grouped", "dense"])
+def test_no_tokens_give_no_outputs(way):
+    experts = sliced_experts(random_ffn())
+    hidden = random_hidden()[:0]
+    ids, routing = random_choices(1, 2)
+    out = getattr(experts, way)(hidden, ids[:0], routing[:0])
+    assert out.shape == hidden.shape

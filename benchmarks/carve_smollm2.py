@@ -29,6 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "weights": {"partition": "weights", "steps": 0},
     "contiguous": {"partition": "contiguous", "steps": 0},
     "random, softmax": {"partition": "random", "combine": "softmax", "steps": 0},
+    "random, K by layer": {"partition": "random", "schedule": "random", "k_start": 4},
 }
 
 

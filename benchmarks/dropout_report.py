@@ -219,6 +219,7 @@ def report_dropout_reasoning(rows: list[Row]) -> tuple[str, Figure]:
         draw(axes, lines[name], scale=100)
         shares = [100 * row["majority"] for row in rows if row["set"] == name]
         axes.axhline(mean_and_interval(shares)[0], color="grey", linestyle=":", label="commonest operation")
+        axes.set_ylim(0, 100)
     found[0].set_ylabel("accuracy (%)")
     legend_below(figure, found, 5)
     return markdown(["set", "arm", *heads(ks)], body), figure

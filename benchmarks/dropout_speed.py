@@ -165,7 +165,7 @@ def compare_ffns(shape: str, num_tokens: int, config: SpeedConfig, *, training: 
     for k in ACTIVE:
         layer.experts.break_even = None
         with torch.set_grad_enabled(training):
-            chosen = "dense" if layer.experts.computes_densely(k, hidden_TD.device) else "grouped"
+            chosen = "dense" if layer.experts.computes_densely(k, hidden_TD) else "grouped"
         for way in FORCED:
             figures = against_dense(times[f"{way} {k}"], times["dense model"])
             rows.append({"active": k, "way": way, "chosen": way == chosen, **figures})

@@ -11,7 +11,7 @@ a ratio of medians over rounds with a bootstrap interval. Where the C library al
 steps: glibc maps every block of 32 MB anew, which costs up to 5 % of a step, and only some shapes have such
 blocks. Prints the share from which the dense way is faster on this machine, which `break_even_share` of
 `moe/dropout/experts.py` should follow. Writes
-`benchmarks/results/dropout_speed.json` and `docs/figures/dropout_speed.png`.
+`benchmarks/results/dropout_speed.json`, and table and figure of `docs/train.md`.
 """
 
 # B batch, S sequence, T tokens, D hidden (model) width, E experts, F FFN width, K active experts, R rounds
@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from dropout_report import insert_table
 from dropout_speed_report import break_evens, figure, table
 from moekit.moe import set_active_experts, smoe_layers, to_smoe_dropout
 from torch import nn
@@ -71,7 +72,7 @@ class SpeedConfig:
     redraw: bool = False
     """Measure nothing; show what the file holds."""
     results: Path = Path("benchmarks/results")
-    figures: Path = Path("docs/figures")
+    document: Path = Path("docs/train.md")
 
 
 def keep_memory() -> None:
@@ -227,8 +228,10 @@ def main(config: SpeedConfig) -> None:
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     result = json.loads(file.read_text(encoding="utf-8"))
     print(table(result))
-    config.figures.mkdir(parents=True, exist_ok=True)
-    figure(result).savefig(config.figures / "dropout_speed.png", dpi=110)
+    text = config.document.read_text(encoding="utf-8")
+    shown = insert_table(text, "dropout_speed", table(result, ("chosen",)))
+    config.document.write_text(shown, encoding="utf-8")
+    figure(result).savefig(config.document.parent / "figures" / "dropout_speed.png", dpi=110)
 
 
 if __name__ == "__main__":

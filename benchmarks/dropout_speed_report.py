@@ -38,7 +38,7 @@ def break_evens(result: dict[str, Any]) -> Rows:
     return [{**comparison, "share": round(break_even(result, **comparison), 3)} for comparison in ffns]
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], ways: tuple[str, ...] = ("chosen", "grouped", "dense")) -> str:
     """Markdown: time against the dense model's at every share, and the break-even shares."""
     actives = sorted({row["active"] for row in result["rows"]})
     heads = ["step", "dense, ms", *(f"{k}/{result['num_experts']}" for k in actives), "break-even"]
@@ -48,11 +48,12 @@ def table(result: dict[str, Any]) -> str:
         ffn = comparison["part"] == "FFN"
         share = f"{next(shares)['share']:.2f}" if ffn else ""
         name = ", ".join([comparison["shape"], comparison["part"], f"T={comparison['tokens']}"])
-        for way in ("chosen", "grouped", "dense"):
+        for way in ways:
             rows = select(result, **comparison, **({"chosen": True} if way == "chosen" else {"way": way}))
             if rows:
                 cells = [f"{row['ratio']:.2f}" for row in rows]
-                head = f"{name}, {comparison['step']}, {way}", f"{1e3 * rows[0]['dense_seconds']:.2f}"
+                said = f", {way}" if len(ways) > 1 else ""
+                head = f"{name}, {comparison['step']}{said}", f"{1e3 * rows[0]['dense_seconds']:.2f}"
                 lines.append("| " + " | ".join([*head, *cells, share]) + " |")
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 # T tokens, D hidden (model) width, E experts
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..evaluating import evaluating
 from .convert import require_smoe_layers
 from .load import RelativeLoad, add_choices
 from .observe import RoutedTokens, observe_routers
@@ -97,17 +97,7 @@ def center_routers(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) ->
 
 def _run(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> _Sums:
     sums = _Sums(model)
-    with _evaluating(model), observe_routers(model, sums.add):
+    with evaluating(model), observe_routers(model, sums.add):
         for batch in batches:
             model(**batch)
     return sums
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

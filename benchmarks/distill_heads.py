@@ -6,17 +6,16 @@
 Synthetic hidden states and random heads, no backbone; student and teacher by hidden states, all student
 heads trained; a step is forward and backward. *Time*: in each round every variant runs once, in random order,
 in one process of one thread, and CPU time is compared. A figure is a ratio of medians over rounds with a 95 %
-bootstrap interval. *Memory*: each variant runs one step in a fresh process: the peak of the resident set
-(`ru_maxrss`) less the resident set before the step, so gradients count and weights do not. A tiny step comes
-first there, so that libraries are loaded. Writes `benchmarks/results/distill_heads.json` and
-`docs/figures/distill_heads.png`.
+bootstrap interval. *Memory*: each variant runs one step in a fresh process: the peak of its resident set less
+the resident set before the step, so gradients count and weights do not. (`VmHWM` of Linux; a new process
+inherits `ru_maxrss` from its parent.) A tiny step comes first there, so that libraries are loaded. Writes
+`benchmarks/results/distill_heads.json` and `docs/figures/distill_heads.png`.
 """
 
 # N rows, V vocabulary, D hidden width, R rounds
 
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -150,10 +149,11 @@ def step(case: Case, variant: str) -> float:
     return seconds
 
 
-def resident() -> int:
-    """Bytes of memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident(*, peak: bool = False) -> float:
+    """Megabytes of memory of this process, now or at their peak."""
+    name = "VmHWM:" if peak else "VmRSS:"
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def print_memory(config: HeadsConfig, variant: str) -> None:
@@ -164,8 +164,7 @@ def print_memory(config: HeadsConfig, variant: str) -> None:
     case = Case(num_rows, width, vocabulary, dtype)
     before = resident()
     step(case, variant)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(max(peak - before, 0) / 1e6)
+    print(resident(peak=True) - before)
 
 
 def memory(size: str, dtype: str, variant: str) -> float:

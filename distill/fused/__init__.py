@@ -3,7 +3,7 @@
     from moekit.distill import fused
 
     head, teacher = fused.Head.of(model.lm_head), fused.TeacherStates(hidden, fused.Head.of(large.lm_head))
-    loss = fused.fused_loss(states, head, fused.kl(temperature=2), teacher=teacher)
+    loss = fused.fused_loss(states, head, fused.kl(temperature=2.0), teacher=teacher)
 
 An objective bears the name of the dense loss in `moekit.distill.losses` that it equals.
 """

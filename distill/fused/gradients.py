@@ -36,7 +36,7 @@ class Gradients:
         is_one_sum: bool,
     ) -> None:
         self.states_ND, self.head, self.scale = hidden, head, scale * head.scale
-        self.factor_VD = factor
+        self.factor_VD, self.is_wanted = factor, any(wanted)
         total, weight = wide(hidden.dtype), head.weight
         weight_total = weight.dtype if is_one_sum else wide(weight.dtype)
         wants_hidden, wants_weight, wants_bias = wanted

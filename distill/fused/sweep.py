@@ -12,7 +12,7 @@ from .centring import Means
 from .gradients import Gradients
 from .heads import Head, Teacher, TeacherStates, wide
 from .objective import Objective, Rule, Tile
-from .sides import HeadSide, teacher_side
+from .sides import Cut, HeadSide, teacher_side
 from .tiles import blocks, tiles
 
 
@@ -57,39 +57,45 @@ def sweep(
         job: The rest.
         wanted: Which gradients to compute; with none, no product but that of the logits is made.
     """
-    num_rows, splits = len(hidden), job.splits_columns
-    cut = tiles(num_rows, job.head.width, whole_rows=not splits, tile_elements=job.tile_elements)
+    whole_rows, num_rows = not job.splits_columns, len(hidden)
+    cut = tiles(num_rows, job.head.width, whole_rows=whole_rows, tile_elements=job.tile_elements)
     is_one_sum = all(rows == slice(0, num_rows) for rows, _ in cut)
     with torch.autocast(hidden.device.type, enabled=False):
         states_ND = hidden.to(job.dtype)
         # Tiles of whole rows multiply with the whole weight again and again: it is cast once.
-        head = job.head if splits else job.head.cast(job.dtype)
+        head = job.head.cast(job.dtype) if whole_rows else job.head
         gradients = Gradients(
             states_ND, job.head, wanted, factor=head.weight, scale=job.scale, is_one_sum=is_one_sum
         )
-        is_centred = splits and job.objective.is_centred
+        is_centred = job.objective.is_centred and not whole_rows
         means = Means(states_ND, job.head, job.teacher) if is_centred else None
-        student = HeadSide(states_ND, head, cut)
-        teacher = teacher_side(job.teacher, student, cut, job.dtype if job.is_autocast else None)
-        loss_N = states_ND.new_zeros(num_rows, dtype=wide(job.dtype))
-        for rows, columns in cut:
-            ours_Rc, theirs_Rc = student.product(rows, columns), teacher.product(rows, columns)
-            shift_R = None if means is None else means.shift_N[rows]
-            labels_R = None if job.labels is None else job.labels[rows]
-            for block in blocks(len(ours_Rc), ours_Rc.shape[1], ours_Rc.device):
-                logits_rc = student.logits(ours_Rc[block])
-                if shift_R is not None:
-                    logits_rc.sub_(shift_R[block, None])
-                labels_r = loss_N.new_empty(0, dtype=torch.long) if labels_R is None else labels_R[block]
-                tile = Tile(logits_rc, teacher.logits(theirs_Rc[block]), labels_r, job.head.width)
-                loss_r, slope_rc = job.rule(tile)
-                loss_N[rows][block].add_(loss_r)
-                if any(wanted):  # the product is no longer needed: its place takes the derivative
-                    ours_Rc[block].copy_(job.head.through_cap_(slope_rc, logits_rc))
-            if any(wanted):
-                gradients.add(ours_Rc, rows, columns)
-                if means is not None:
-                    means.add(ours_Rc, rows)
+        loss_N = _sweep_tiles(HeadSide(states_ND, head, cut), job, cut, gradients, means)
         if means is not None:
             gradients.centre_(means.slope_N, means.weight_D)
         return loss_N.sum().mul_(job.scale), gradients.finish(hidden.dtype)
+
+
+def _sweep_tiles(student: HeadSide, job: Job, cut: Cut, gradients: Gradients, means: Means | None) -> Tensor:
+    """Loss of each row; the buffers of both sides end with this function, before gradients are cast."""
+    teacher = teacher_side(job.teacher, student, cut, job.dtype if job.is_autocast else None)
+    loss_N = student.states_ND.new_zeros(len(student.states_ND), dtype=wide(job.dtype))
+    no_labels = loss_N.new_empty(0, dtype=torch.long)
+    for rows, columns in cut:
+        ours_Rc, theirs_Rc = student.product(rows, columns), teacher.product(rows, columns)
+        shift_R = None if means is None else means.shift_N[rows]
+        labels_R = None if job.labels is None else job.labels[rows]
+        for block in blocks(len(ours_Rc), ours_Rc.shape[1], ours_Rc.device):
+            logits_rc = student.logits(ours_Rc[block])
+            if shift_R is not None:
+                logits_rc.sub_(shift_R[block, None])
+            labels_r = no_labels if labels_R is None else labels_R[block]
+            tile = Tile(logits_rc, teacher.logits(theirs_Rc[block]), labels_r, job.head.width)
+            loss_r, slope_rc = job.rule(tile)
+            loss_N[rows][block].add_(loss_r)
+            if gradients.is_wanted:  # the product is no longer needed: its place takes the derivative
+                ours_Rc[block].copy_(job.head.through_cap_(slope_rc, logits_rc))
+        if gradients.is_wanted:
+            gradients.add(ours_Rc, rows, columns)
+            if means is not None:
+                means.add(ours_Rc, rows)
+    return loss_N

@@ -52,6 +52,8 @@ class DualHeadStudent(nn.Module):
         auxiliary_head: The second head.
         spec: What it looks like.
         num_teacher_classes: A.
+        head_name: Module path of the task head in the model.
+        num_classes: C.
 
     Args:
         model: The student.
@@ -75,6 +77,7 @@ class DualHeadStudent(nn.Module):
         super().__init__()
         head = task_head(model)
         self.model = model
+        self.head_name, self.num_classes = head.name, head.num_classes
         self.spec = AuxiliaryHeadSpec() if spec is None else spec
         self.num_teacher_classes = head.num_classes if num_teacher_classes is None else num_teacher_classes
         self.auxiliary_head = build_auxiliary_head(head, self.spec, self.num_teacher_classes)
@@ -97,7 +100,7 @@ class DualHeadStudent(nn.Module):
         """
         if inputs.get("labels") is not None:
             raise ValueError("labels make the model compute a loss of both heads' logits; leave them out")
-        num_classes = task_head(self.model).num_classes
+        num_classes = self.num_classes
         with self._auxiliary_logits_beside() as heard:
             both = self.model(**inputs).logits
         if len(heard) != 1 or both.shape[-1] != num_classes + self.num_teacher_classes:
@@ -117,7 +120,7 @@ class DualHeadStudent(nn.Module):
             heard.append(args[0])
             return torch.cat([logits, self.auxiliary_head(args[0])], dim=-1)
 
-        handle = task_head(self.model).linear.register_forward_hook(widen)
+        handle = self.model.get_submodule(self.head_name).register_forward_hook(widen)
         try:
             yield heard
         finally:

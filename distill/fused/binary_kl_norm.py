@@ -5,11 +5,11 @@
 from torch import Tensor
 from torch.nn.functional import softshrink
 
+from ..losses.centring import CENTRES
+from ..losses.checks import check_choice, check_temperature
+from ..losses.class_reduction import REDUCTIONS
 from .objective import Objective, Rule, Tile
-from .softmax import check_temperature
 
-CENTRES = ("none", "mean", "logprob")
-REDUCTIONS = ("sum", "mean")
 FAR = 20.0
 """From here on ``log cosh x`` is a straight line, in any precision."""
 
@@ -35,12 +35,8 @@ def binary_kl_norm(*, temperature: float = 2.0, center: str = "none", reduction:
     *Departs from the paper*: centring and the mean are offered beside its own, and nothing is clamped.
     """
     check_temperature(temperature)
-    for name, value, allowed in (
-        ("center", center, CENTRES),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+    check_choice("center", center, tuple(CENTRES))
+    check_choice("reduction", reduction, REDUCTIONS)
     plain = _rule(temperature, reduction)
     if center == "none":
         return Objective(rule=plain, column_rule=plain)

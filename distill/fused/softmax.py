@@ -9,16 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..losses.checks import check_temperature
 from .objective import Objective, Tile
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of the log-probabilities of S and T, ``[R, C]``: its value, ``[R]``, and its derivative by z_s / tau."""
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not a finite number above 0, with a ``ValueError``."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} is not a finite number above 0")
 
 
 def softmax_objective(divergence: Divergence, temperature: float) -> Objective:

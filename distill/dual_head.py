@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..moe.checkpoint import save_checkpoint
+from .aligned_features import align
 from .auxiliary_head import AuxiliaryHeadSpec, build_auxiliary_head
+from .gradient_alignment import GradientAlignment
 from .task_head import UnsupportedStudentError, task_head
 
 HEAD_FILE = "auxiliary_head.safetensors"
@@ -54,6 +56,8 @@ class DualHeadStudent(nn.Module):
         num_teacher_classes: A.
         head_name: Module path of the task head in the model.
         num_classes: C.
+        alignment: Aligns the two heads' gradients by the features, where gradients are wanted; not a part of
+            the state.
 
     Args:
         model: The student.
@@ -81,6 +85,7 @@ class DualHeadStudent(nn.Module):
         self.spec = AuxiliaryHeadSpec() if spec is None else spec
         self.num_teacher_classes = head.num_classes if num_teacher_classes is None else num_teacher_classes
         self.auxiliary_head = build_auxiliary_head(head, self.spec, self.num_teacher_classes)
+        self.alignment: GradientAlignment | None = None
         self.train(model.training)
 
     @property
@@ -115,16 +120,39 @@ class DualHeadStudent(nn.Module):
     def _auxiliary_logits_beside(self) -> Iterator[list[Tensor]]:
         """Let the task head return the auxiliary logits behind its own; yields the features it reads."""
         heard: list[Tensor] = []
+        for_auxiliary: list[Tensor] = []
+
+        def split(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            features = args[0]
+            heard.append(features)
+            if self.alignment is None or not features.requires_grad:
+                for_auxiliary.append(features)
+                return args
+            task, distilled = align(features, self.alignment)
+            for_auxiliary.append(distilled)
+            return (task, *args[1:])
 
         def widen(module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-            heard.append(args[0])
-            return torch.cat([logits, self.auxiliary_head(args[0])], dim=-1)
+            return torch.cat([logits, self.auxiliary_head(for_auxiliary[-1])], dim=-1)
 
-        handle = self.model.get_submodule(self.head_name).register_forward_hook(widen)
+        head = self.model.get_submodule(self.head_name)
+        handles = [head.register_forward_pre_hook(split), head.register_forward_hook(widen)]
         try:
             yield heard
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def auxiliary_parts(self, features: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N R"], nn.Linear]:
+        """What the last linear map of the auxiliary head reads, and that map, for losses without logits."""
+        if isinstance(self.auxiliary_head, nn.Linear):
+            return features, self.auxiliary_head
+        assert isinstance(self.auxiliary_head, nn.Sequential)
+        *trunk, last = self.auxiliary_head
+        assert isinstance(last, nn.Linear)
+        for module in trunk:
+            features = module(features)
+        return features, last
 
     def export(self) -> PreTrainedModel:
         """The plain model, which never knew of the auxiliary head."""
@@ -166,6 +194,10 @@ class DualHeadStudent(nn.Module):
         The folder also loads as the plain model, with ``from_pretrained``.
         """
         save_checkpoint(self.model, folder)
+        self.save_auxiliary_head(folder)
+
+    def save_auxiliary_head(self, folder: str | Path) -> None:
+        """Write its files beside a plain model's."""
         tensors = {name: tensor.contiguous() for name, tensor in self.auxiliary_head.state_dict().items()}
         save_file(tensors, Path(folder) / HEAD_FILE)
         entry = {
@@ -199,8 +231,16 @@ class DualHeadStudent(nn.Module):
             raise ValueError(f"'{path}' names no model class or number of classes: {entry}")
         model = model_class.from_pretrained(folder, **kwargs)
         student = cls(model, spec, num_teacher_classes=num_classes)
+        student.load_auxiliary_head(folder)
+        return student
+
+    def load_auxiliary_head(self, folder: str | Path) -> None:
+        """Read its weights, in place.
+
+        Raises:
+            ValueError: There are none, or those of another head.
+        """
         try:
-            student.auxiliary_head.load_state_dict(load_file(Path(folder) / HEAD_FILE), strict=True)
+            self.auxiliary_head.load_state_dict(load_file(Path(folder) / HEAD_FILE), strict=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"'{Path(folder) / HEAD_FILE}' does not fit its {SPEC_FILE}: {error}") from error
-        return student

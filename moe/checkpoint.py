@@ -315,19 +315,26 @@ def mark_form(model: PreTrainedModel) -> str:
     return "stock"
 
 
-def save_checkpoint(model: PreTrainedModel, folder: str | Path, *, max_shard_size: str = "5GB") -> str:
+def save_checkpoint(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    max_shard_size: str = "5GB",
+    state_dict: dict[str, Tensor] | None = None,
+) -> str:
     """Save a model whose layers were replaced or cut, in the simplest form that holds it exactly.
 
     Args:
         model: The model in memory.
         folder: Where to; made if it is missing.
         max_shard_size: As in `save_pretrained`.
+        state_dict: The model's, where its own is divided among processes.
 
     Returns:
         ``stock`` or ``moekit``.
     """
     form = mark_form(model)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state_dict)
     write_config_aliases(Path(folder) / "config.json")
     return form
 

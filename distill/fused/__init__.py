@@ -8,6 +8,8 @@
 An objective bears the name of the dense loss in `moekit.distill.losses` that it equals.
 """
 
+from collections.abc import Callable
+
 from .binary_kl_norm import binary_kl_norm
 from .chunked import fused_loss
 from .cross_entropy import cross_entropy, cross_entropy_plus
@@ -16,7 +18,18 @@ from .jsd import jsd
 from .kl import kl, reverse_kl, skewed_kl, skewed_reverse_kl
 from .objective import Objective, Rule, Tile, weighted_sum
 
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "binary-kl-norm": binary_kl_norm,
+    "jsd": jsd,
+    "kl": kl,
+    "reverse-kl": reverse_kl,
+    "skewed-kl": skewed_kl,
+    "skewed-reverse-kl": skewed_reverse_kl,
+}
+"""By the names of `moekit.distill.losses.LOSSES`; the other losses need logits."""
+
 __all__ = [
+    "OBJECTIVES",
     "Head",
     "Objective",
     "Rule",

@@ -70,6 +70,11 @@ class Head:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
+    def to(self, device: torch.device) -> "Head":
+        """The same on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
     def product(
         self, hidden_ND: Float[Tensor, "N D"], columns: slice, out: Float[Tensor, "N c"]
     ) -> Float[Tensor, "N c"]:

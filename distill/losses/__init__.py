@@ -14,7 +14,7 @@ from .kl import kl, reverse_kl
 from .logit_mse import logit_mse
 from .logits import drop_padded_columns, softcap
 from .methods import LOSSES, LossMethod
-from .rows import ValidRows, masked_mean, valid_rows
+from .rows import ValidRows, masked_mean, valid_rows, valid_tokens
 from .skewed_kl import skewed_kl, skewed_reverse_kl
 from .top_k_kl import cached_top_k_kl, top_k_kl
 from .uld import uld
@@ -44,4 +44,5 @@ __all__ = [
     "top_k_kl",
     "uld",
     "valid_rows",
+    "valid_tokens",
 ]

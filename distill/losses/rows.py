@@ -85,6 +85,27 @@ def valid_rows(
     return ValidRows(positions_N, labels_N, (num_sequences, length))
 
 
+def valid_tokens(
+    labels_BS: Int[Tensor, "B S"],
+    attention_mask_BS: Shaped[Tensor, "B S"] | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+) -> ValidRows:
+    """Find the positions of a token classifier's batch that count: those with a label that are no padding.
+
+    Args:
+        labels_BS: Of each token itself; nothing is shifted.
+        attention_mask_BS: 0 for padding; nothing is padding without it.
+        ignore_index: The label that does not count.
+    """
+    counted_BS = labels_BS != ignore_index
+    if attention_mask_BS is not None:
+        counted_BS = counted_BS & (attention_mask_BS != 0)
+    positions_N = counted_BS.flatten().nonzero().squeeze(-1)
+    num_sequences, length = labels_BS.shape
+    return ValidRows(positions_N, labels_BS.flatten()[positions_N], (num_sequences, length))
+
+
 def masked_mean(
     loss_N: Float[Tensor, " N"], num_items: int | Int[Tensor, ""] | None = None
 ) -> Float[Tensor, ""]:

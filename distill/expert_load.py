@@ -1,0 +1,49 @@
+"""How evenly a student's experts are used, as a loss, whatever family it is of."""
+
+# T tokens, E experts, K active experts, B batch, S sequence
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..moe import expert_layers, load_balance_loss
+
+
+@contextmanager
+def collect_expert_load(
+    model: PreTrainedModel, attention_mask: Shaped[Tensor, "B S"] | None
+) -> Iterator[Callable[[], Float[Tensor, ""]]]:
+    """Listen to all routers of a model.
+
+    Args:
+        model: With experts.
+        attention_mask: 0 for padding, whose tokens do not count.
+
+    Yields:
+        A function that gives the mean over layers of `load_balance_loss`; to be called after the forward.
+
+    Raises:
+        UnsupportedModelError: The model has no experts.
+    """
+    logits: dict[str, Tensor] = {}
+    chosen: dict[str, Tensor] = {}
+    counted_T = None if attention_mask is None else attention_mask.flatten() != 0
+
+    def note_choice(name: str, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        chosen[name] = ids_TK
+
+    with ExitStack() as stack:
+        for layer in expert_layers(model):
+            stack.enter_context(layer.observe_logits(partial(logits.__setitem__, layer.name)))
+            stack.enter_context(layer.observe(partial(note_choice, layer.name)))
+
+        def load() -> Tensor:
+            terms = [load_balance_loss(logits[name], ids_TK, counted_T) for name, ids_TK in chosen.items()]
+            return torch.stack(terms).mean()
+
+        yield load

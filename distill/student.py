@@ -1,0 +1,232 @@
+"""What is trained: a student together with its losses."""
+
+# B batch, S sequence, N rows that count, D feature width, C classes
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .aligned_features import align
+from .dual_head import DualHeadStudent
+from .expert_load import collect_expert_load
+from .fused import cross_entropy, cross_entropy_plus, fused_loss
+from .gradient_alignment import GradientAlignment, parameter_products
+from .head_losses import cross_entropy_mean, distillation_loss
+from .language_head import LogitScale, hidden_states, logit_scale
+from .losses import ValidRows
+from .recipe import DistillationRecipe
+from .task_head import task_head
+from .teachers import Said, TopK
+
+NumItems = int | Int[Tensor, ""]
+
+
+class StudentInTraining(nn.Module):
+    """A student whose forward gives losses, made where its weights are whole whatever shards them.
+
+    A language model's logits are never made in training: both heads work on the rows that count, in tiles.
+
+    Attributes:
+        student: The plain model, or both heads.
+        recipe: Which losses.
+        alignment: Of the two heads' gradients.
+        scale: What becomes of a language model's logits; ``None`` for classifiers.
+        num_columns: Tokens that student and teacher share, where the heads are padded.
+
+    Args:
+        student: With two heads if the recipe says so.
+        recipe: Which losses.
+        alignment: For two heads; none by default.
+        num_columns: See above.
+
+    Raises:
+        ValueError: Heads that are not the recipe's, or an alignment of one head.
+        UnsupportedStudentError: The student's head cannot be read.
+    """
+
+    accepts_loss_kwargs = True
+    """For Trainer."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel | DualHeadStudent,
+        recipe: DistillationRecipe,
+        *,
+        alignment: GradientAlignment | None = None,
+        num_columns: int | None = None,
+    ) -> None:
+        super().__init__()
+        has_two = isinstance(student, DualHeadStudent)
+        if has_two != (recipe.heads == "dual"):
+            raise ValueError(
+                f"the recipe is for heads={recipe.heads!r} and the student is a {type(student).__name__}; "
+                "wrap it in DualHeadStudent for 'dual', or give the plain model for 'single'"
+            )
+        if alignment is not None and not has_two:
+            raise ValueError("gradients are aligned between two heads; take heads='dual', or no alignment")
+        self.student, self.recipe, self.alignment = student, recipe, alignment
+        self.num_columns = num_columns
+        plain = self.plain
+        self.scale: LogitScale | None = None
+        if plain.get_output_embeddings() is not None:
+            self.scale = logit_scale(plain)
+        self.train(student.training)
+
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The student without its second head."""
+        return self.student.export() if isinstance(self.student, DualHeadStudent) else self.student
+
+    @property
+    def config(self) -> Any:
+        """The plain model's."""
+        return self.plain.config
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return self.plain._no_split_modules
+
+    def tie_weights(self) -> None:
+        """Tie what the plain model ties."""
+        self.plain.tie_weights()
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None) -> None:
+        """Recompute the plain model's activations."""
+        self.plain.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=activation_checkpointing_kwargs
+        )
+
+    def drop_auxiliary_head(self) -> None:
+        """Go on with the task head alone."""
+        self.student, self.alignment = self.plain, None
+
+    def forward(
+        self,
+        inputs: dict[str, Any],
+        *,
+        labels: Int[Tensor, " N"] | None = None,
+        rows: ValidRows | None = None,
+        said: Said | None = None,
+        num_items: NumItems | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the losses; or logits, if there are no labels.
+
+        Args:
+            inputs: The plain model's.
+            labels: Of the rows that count.
+            rows: Where they are; ``None`` where each example is one.
+            said: What the teacher says of them; without it the labels' loss is all.
+            num_items: What sums over rows are divided by; their number by default.
+
+        Returns:
+            ``loss``, and ``task`` and ``distillation`` where they were computed apart, all weighted; or
+            ``logits``.
+        """
+        if labels is None:
+            return {"logits": self.plain(**inputs).logits}
+        with self._expert_load(inputs) as load:
+            parts = (
+                self._language_losses(inputs, rows, said, num_items)
+                if self.scale is not None and rows is not None
+                else self._class_losses(inputs, labels, rows, said, num_items)
+            )
+        if "loss" not in parts:
+            parts["loss"] = self._total(parts)
+        if load is not None:
+            parts["expert_load"] = load()
+        return parts
+
+    @contextmanager
+    def _expert_load(self, inputs: dict[str, Any]) -> Iterator[Any]:
+        if not self.recipe.load_balance:
+            yield None
+            return
+        with collect_expert_load(self.plain, inputs.get("attention_mask")) as load:
+            yield load
+
+    def _total(self, parts: dict[str, Tensor]) -> Tensor:
+        task, distilled = parts["task"], parts.get("distillation")
+        if distilled is None:
+            return task
+        alignment = self.alignment
+        if alignment is None or alignment.where == "features":
+            return task + distilled
+        if alignment.is_measuring:
+            alignment.observe(*parameter_products(task, distilled, self._measured_parameters(alignment)))
+        return alignment.factor.to(task.dtype) * task + distilled
+
+    def _measured_parameters(self, alignment: GradientAlignment) -> list[nn.Parameter]:
+        if alignment.where == "all":
+            return list(self.parameters())
+        heads = {id(p) for p in task_head(self.plain).linear.parameters()}
+        return [p for p in self.plain.parameters() if id(p) not in heads]
+
+    def _language_losses(
+        self, inputs: dict[str, Any], rows: ValidRows, said: Said | None, num_items: NumItems | None
+    ) -> dict[str, Tensor]:
+        """Of hidden states: no logits but in tiles."""
+        assert self.scale is not None
+        recipe, head = self.recipe, task_head(self.plain)
+        hidden_ND = rows.pack(hidden_states(self.plain, head, inputs))
+        whole = self.scale.head(head.linear)
+        labelled: dict[str, Any] = {"labels": rows.labels, "num_items": num_items}
+        weight = recipe.weight_for(self.num_columns or whole.width)
+        if isinstance(self.student, DualHeadStudent):
+            task_ND, distilled_ND = self._split(hidden_ND)
+            parts = {"task": fused_loss(task_ND, whole, cross_entropy(), **labelled) * recipe.label_weight}
+            if said is not None:
+                states_NR, linear = self.student.auxiliary_parts(distilled_ND)
+                second = self.scale.head(linear, self.num_columns)
+                found = distillation_loss(recipe, states_NR, second, said, rows.labels, num_items)
+                parts["distillation"] = found * weight
+            return parts
+        if said is None:
+            return {"task": fused_loss(hidden_ND, whole, cross_entropy(), **labelled) * recipe.label_weight}
+        objective = recipe.objective()
+        is_one_sweep = objective is not None and self.num_columns in (None, whole.width)
+        if is_one_sweep and objective is not None and recipe.label_weight and not isinstance(said, TopK):
+            both = cross_entropy_plus(objective, weight, label_weight=recipe.label_weight)
+            return {"loss": fused_loss(hidden_ND, whole, both, teacher=said, **labelled)}
+        shared = self.scale.head(head.linear, self.num_columns)
+        found = distillation_loss(recipe, hidden_ND, shared, said, rows.labels, num_items) * weight
+        if not recipe.label_weight:
+            return {"loss": found}
+        task = fused_loss(hidden_ND, whole, cross_entropy(), **labelled) * recipe.label_weight
+        return {"task": task, "distillation": found}
+
+    def _class_losses(
+        self,
+        inputs: dict[str, Any],
+        labels_N: Tensor,
+        rows: ValidRows | None,
+        said: Said | None,
+        num_items: NumItems | None,
+    ) -> dict[str, Tensor]:
+        """Of logits, which are few."""
+        if isinstance(self.student, DualHeadStudent):
+            self.student.alignment = self._feature_alignment()
+            both = self.student(**inputs)
+            logits, heard = both.logits, both.auxiliary_logits
+        else:
+            logits = heard = self.plain(**inputs).logits
+        if rows is not None:
+            logits, heard = rows.pack(logits), rows.pack(heard)
+        parts = {"task": cross_entropy_mean(logits, labels_N, num_items) * self.recipe.label_weight}
+        if said is not None:
+            found = distillation_loss(self.recipe, heard, None, said, labels_N, num_items)
+            parts["distillation"] = found * self.recipe.weight_for(heard.shape[-1])
+        return parts
+
+    def _feature_alignment(self) -> GradientAlignment | None:
+        return self.alignment if self.alignment is not None and self.alignment.where == "features" else None
+
+    def _split(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        alignment = self._feature_alignment()
+        if alignment is None or not torch.is_grad_enabled():
+            return hidden_ND, hidden_ND
+        return align(hidden_ND, alignment)

@@ -1,0 +1,292 @@
+"""The Trainer of students: Transformers' own, with another loss."""
+
+# B batch, S sequence, N rows that count
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..moe.checkpoint import save_checkpoint
+from ..moe.trainer import MoETrainer, reload_weights
+from .dual_head import SPEC_FILE, DualHeadStudent
+from .losses import ValidRows, valid_rows, valid_tokens
+from .student import StudentInTraining
+from .teachers import Teacher, model_inputs
+
+ALIGNMENT_FILE = "gradient_alignment.safetensors"
+PARTS = ("task", "distillation", "expert_load")
+
+
+class NonFiniteLossError(ValueError):
+    """The loss became NaN or infinite."""
+
+
+class DistillTrainer(MoETrainer):
+    """Trains a `StudentInTraining` on what a teacher says.
+
+    Data are rows of the student's inputs with ``labels``, as any Trainer's; ``row``, the number of the
+    example, for a teacher cache; ``teacher_inputs`` where the teacher reads other inputs. The loss is the
+    recipe's, over the rows of all micro-batches and processes that count.
+
+    Args:
+        *args: As for Trainer; the model is a `StudentInTraining`.
+        teacher: Model or cache; ``None`` for labels only.
+        stop_epoch: From this epoch on, counted from 0, there is no teacher: it is dropped, and the auxiliary
+            head with it.
+        **kwargs: As for Trainer.
+
+    Raises:
+        ValueError: An alignment over parameters that several processes or micro-batches share, ZeRO-3, or
+            several GPUs in one process.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, *args: Any, teacher: Teacher | None, stop_epoch: float | None = None, **kwargs: Any
+    ) -> None:
+        arguments: TrainingArguments = kwargs["args"]
+        arguments.remove_unused_columns = False  # the student's forward does not name its inputs
+        arguments.label_names = ["labels"]
+        arguments.logging_nan_inf_filter = False  # which would hide them
+        if arguments.ddp_find_unused_parameters is None:
+            arguments.ddp_find_unused_parameters = stop_epoch is not None
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher
+        self.stop_epoch = stop_epoch
+        self.sums: dict[str, Tensor] = {}
+        self.num_batches = self.num_steps = 0
+        self.is_finite: Tensor | None = None
+        self.add_callback(_StepEnd(self))
+        self._check()
+
+    @property
+    def student(self) -> StudentInTraining:
+        """The model without what wraps it."""
+        found = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        assert isinstance(found, StudentInTraining)
+        return found
+
+    def _check(self) -> None:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError(
+                "distillation works on whole heads, which DeepSpeed ZeRO-3 divides; take ZeRO-2 or FSDP2"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"distillation needs one process for each of {self.args.n_gpu} GPUs: start with torchrun or "
+                "accelerate launch"
+            )
+        alignment = self.student.alignment
+        if alignment is None or alignment.where == "features":
+            return
+        if self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradients can be aligned over parameters (where={alignment.where!r}) only where one "
+                f"process has the whole batch at once; here are {self.args.world_size} processes and "
+                f"{self.args.gradient_accumulation_steps} micro-batches: align at the features"
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the recipe's loss in training, and the plain model's cross-entropy in evaluation."""
+        rows = self._rows(inputs)
+        labels = inputs["labels"] if rows is None else rows.labels
+        if not model.training:
+            return self._evaluate_batch(model, inputs, labels, rows, return_outputs)
+        student = self.student
+        if student.alignment is not None:
+            student.alignment.begin_step(self.state.global_step, self.current_gradient_accumulation_steps)
+        said = None if self.teacher is None else self.teacher.says(inputs, rows)
+        parts = model(model_inputs(inputs), labels=labels, rows=rows, said=said, num_items=num_items_in_batch)
+        loss = parts["loss"]
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        if "expert_load" in parts:
+            share = student.recipe.load_balance / self.current_gradient_accumulation_steps
+            loss = loss + share * parts["expert_load"]
+        self._note(loss, parts)
+        return (loss, parts) if return_outputs else loss
+
+    def _evaluate_batch(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        labels_N: Tensor,
+        rows: ValidRows | None,
+        return_outputs: bool,
+    ) -> Any:
+        outputs = model(model_inputs(inputs))
+        logits = outputs["logits"] if rows is None else rows.pack(outputs["logits"])
+        loss = nn.functional.cross_entropy(logits.float(), labels_N)
+        return (loss, outputs) if return_outputs else loss
+
+    def _rows(self, inputs: Mapping[str, Any]) -> ValidRows | None:
+        """The positions that count; ``None`` where each example is one row."""
+        labels = inputs["labels"]
+        if labels.ndim == 1:
+            return None
+        find = valid_tokens if self.student.scale is None else valid_rows
+        if (positions_BS := inputs.get("teacher_positions")) is not None:
+            # Position s is compared through the label of s + 1, which is left out where the teacher has none.
+            labels = labels.clone()
+            labels[:, 1:].masked_fill_(positions_BS[:, :-1] < 0, -100)
+        return find(labels, inputs.get("attention_mask"))
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Count the rows of all micro-batches and processes, by the rule that the loss goes by."""
+        counts = []
+        for batch in batch_samples:
+            rows = self._rows(batch)
+            counts.append(len(batch["labels"]) if rows is None else len(rows))
+        total = torch.tensor(sum(counts), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            return self.accelerator.reduce(total)  # pyright: ignore[reportReturnType]
+        return total
+
+    def _note(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
+        """Add up what will be logged, without waiting for the device."""
+        finite = torch.isfinite(loss.detach())
+        self.is_finite = finite if self.is_finite is None else self.is_finite & finite
+        for name in PARTS:
+            if name in parts:
+                self.sums[name] = self.sums.get(name, 0) + parts[name].detach()
+        self.num_batches += 1
+
+    def check_finite(self) -> None:
+        """Stop at a loss that is none; called before anything is logged or saved.
+
+        Raises:
+            NonFiniteLossError: There was one since the last call.
+        """
+        finite, self.is_finite = self.is_finite, None
+        if finite is not None and not bool(finite):
+            raise NonFiniteLossError(
+                f"the loss became NaN or infinite before step {self.state.global_step}: the teacher says "
+                "NaN, or the learning rate is too high; the last checkpoint is from before"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss and lambda."""
+        if "loss" in logs:
+            self.check_finite()
+            is_averaged = self.args.average_tokens_across_devices
+            for name, total in self.sums.items():
+                mean: Any = self.accelerator.reduce(total.float(), "mean")
+                if name == "expert_load":
+                    logs[name] = float(mean) / max(self.num_batches, 1)
+                else:  # whose micro-batches add up to a step
+                    processes = self.accelerator.num_processes if is_averaged else 1
+                    logs[name] = float(mean) * processes / max(self.num_steps, 1)
+            self.sums, self.num_batches, self.num_steps = {}, 0, 0
+            if self.student.alignment is not None:
+                logs["alignment_factor"] = float(self.student.alignment.factor)
+        super().log(logs, start_time)
+
+    def finish_step(self) -> None:
+        """Let the alignment add up what the micro-batches said, and end the first phase when it is over."""
+        self.num_steps += 1
+        if (alignment := self.student.alignment) is not None:
+            alignment.finish_step()
+        self.stop_when_due()
+
+    def stop_when_due(self) -> None:
+        """Begin the second phase if its epoch has come."""
+        if self.stop_epoch is not None and (self.state.epoch or 0) >= self.stop_epoch:
+            self.stop_distilling()
+
+    def stop_distilling(self) -> None:
+        """Drop the teacher and, where nothing divides or watches it, the auxiliary head from memory."""
+        self.teacher = None
+        student = self.student
+        if not isinstance(student.student, DualHeadStudent) or self._is_divided:
+            return
+        if self.args.world_size == 1:
+            head = list(student.student.auxiliary_head.parameters())
+            student.drop_auxiliary_head()
+            if self.optimizer is not None:
+                _forget(self.optimizer, head)
+
+    @property
+    def _is_divided(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_finite()
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the plain model's checkpoint and, beside it, what training needs to go on."""
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        student = self.student
+        prefix = "student.model." if isinstance(student.student, DualHeadStudent) else "student."
+        own = None
+        if state_dict is not None:
+            own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        save_checkpoint(student.plain, folder, state_dict=own)
+        if isinstance(student.student, DualHeadStudent) and not self._is_divided:
+            student.student.save_auxiliary_head(folder)
+        if student.alignment is not None and not self._is_divided:
+            save_file(student.alignment.state_dict(), folder / ALIGNMENT_FILE)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)  # as Trainer does; nothing here reads it
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_divided:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder, student = Path(resume_from_checkpoint), self.student
+        reload_weights(student.plain, folder)
+        if isinstance(student.student, DualHeadStudent):
+            if not (folder / SPEC_FILE).is_file():
+                self.stop_distilling()
+                return
+            student.student.load_auxiliary_head(folder)
+        if student.alignment is not None:
+            student.alignment.load_state_dict(load_file(folder / ALIGNMENT_FILE))
+
+
+class _StepEnd(TrainerCallback):
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See whether a resumed run is in its second phase."""
+        self.trainer.stop_when_due()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Pass it on."""
+        self.trainer.finish_step()
+
+
+def _forget(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Take parameters and their moments out of an optimizer."""
+    gone = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)

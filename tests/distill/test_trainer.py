@@ -1,0 +1,204 @@
+"""The Trainer of students: accumulation, resuming, phases, what is logged and refused."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from moekit.distill import AuxiliaryHeadSpec, DistillTrainer, DualHeadStudent, GradientAlignment
+from moekit.distill.recipe import DistillationRecipe
+from moekit.distill.student import StudentInTraining
+from moekit.distill.teachers import ModelTeacher
+from moekit.distill.trainer import NonFiniteLossError
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments
+
+from .students import NUM_LABELS, student_model
+
+DHKD = DistillationRecipe(loss="binary-kl-norm", heads="dual", options={"center": "mean"})
+KL = DistillationRecipe(loss="kl")
+
+
+def rows_for(name, count=24):
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for index in range(count):
+        ids_S = torch.randint(3, 40, (7,), generator=generator)
+        mask_S = torch.ones(7, dtype=torch.long)
+        mask_S[int(torch.randint(3, 8, (), generator=generator)) :] = 0  # so batches have different weight
+        row = {"input_ids": ids_S, "attention_mask": mask_S, "row": index}
+        labels = ids_S.masked_fill(mask_S == 0, -100) if name.endswith("-lm") else index % NUM_LABELS
+        rows.append({**row, "labels": labels})
+    return rows
+
+
+def trainer_for(
+    folder, name="llama-lm", recipe=DHKD, alignment=None, *, has_teacher=True, stop_epoch=None, **arguments
+) -> Any:
+    torch.manual_seed(1)
+    student: Any = student_model(name)
+    if recipe.heads == "dual":
+        student = DualHeadStudent(student, AuxiliaryHeadSpec(kind="bottleneck", width=8))
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "save_steps": 2,
+        "logging_steps": 1,
+    }
+    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2, "seed": 0}
+    return DistillTrainer(
+        model=StudentInTraining(student, recipe, alignment=alignment),
+        args=TrainingArguments(output_dir=str(folder), **(settings | arguments)),
+        train_dataset=rows_for(name),
+        teacher=ModelTeacher(student_model(name, seed=7)) if has_teacher else None,
+        stop_epoch=stop_epoch,
+    )
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.student.state_dict().items()}
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("llama-lm", DHKD), ("llama-tied-lm", KL), ("mixtral-lm", KL), ("bert-sequence", DHKD)],
+    ids=str,
+)
+def test_a_killed_run_goes_on_to_the_same_weights(name, recipe, tmp_path):
+    """Dropout and the alignment's running factor included."""
+
+    def alignment():
+        return GradientAlignment(2, 0.5) if recipe.heads == "dual" else None
+
+    whole = trainer_for(tmp_path / "a", name, recipe, alignment())
+    whole.train()
+    again = trainer_for(tmp_path / "b", name, recipe, alignment())
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert_equal(weights(again), weights(whole))
+    losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, again)]
+    assert losses[1] == losses[0]
+    assert len(losses[0]) == 6
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(tmp_path):
+    """Rows weigh the same in full and in short batches."""
+    once = trainer_for(tmp_path, recipe=KL, max_steps=3, save_strategy="no")
+    once.train()
+    parts = trainer_for(
+        tmp_path,
+        recipe=KL,
+        max_steps=3,
+        save_strategy="no",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )
+    parts.train()
+    for name, tensor in weights(once).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=0, atol=2e-5)
+    for ours, theirs in zip(parts.state.log_history, once.state.log_history, strict=True):
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_the_parts_of_the_loss_are_logged(tmp_path):
+    recipe = DistillationRecipe(loss="mse", heads="dual", load_balance=0.5)
+    trainer = trainer_for(
+        tmp_path, "mixtral-lm", recipe, GradientAlignment(), max_steps=2, save_strategy="no"
+    )
+    trainer.train()
+    for row in trainer.state.log_history[:2]:
+        assert row["loss"] == pytest.approx(
+            row["task"] + row["distillation"] + 0.5 * row["expert_load"], rel=1e-5
+        )
+        assert row["alignment_factor"] >= 1
+
+
+def test_the_second_phase_has_neither_teacher_nor_second_head(tmp_path):
+    """24 rows, 4 a batch: 6 steps an epoch."""
+    arguments = {"max_steps": 9, "save_steps": 3, "stop_epoch": 1.0}
+    whole = trainer_for(tmp_path / "a", alignment=GradientAlignment(), **arguments)
+    whole.train()
+    assert whole.teacher is None
+    assert whole.student.student is whole.student.plain
+    named = {id(p) for p in whole.model.parameters()}
+    kept = [p for group in whole.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in kept} == named
+    history = [row for row in whole.state.log_history if "loss" in row]
+    assert all("distillation" in row for row in history[:6])
+    assert not any("distillation" in row for row in history[6:])
+    assert (tmp_path / "a" / "checkpoint-3" / "dual_head.json").exists()
+    assert not (tmp_path / "a" / "checkpoint-6" / "dual_head.json").exists()
+    for step in (3, 6):
+        folder = tmp_path / str(step) / f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "a" / f"checkpoint-{step}", folder)
+        again = trainer_for(folder.parent, alignment=GradientAlignment(), **arguments)
+        again.train(resume_from_checkpoint=str(folder))
+        assert_equal(weights(again), weights(whole))
+
+
+def test_labels_alone(tmp_path):
+    trainer = trainer_for(tmp_path, recipe=KL, has_teacher=False, max_steps=2, save_strategy="no")
+    trainer.train()
+    assert "distillation" not in trainer.state.log_history[0]
+
+
+def test_the_checkpoint_is_the_plain_models(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=2)
+    trainer.train()
+    loaded = type(trainer.student.plain).from_pretrained(tmp_path / "checkpoint-2")
+    assert_equal(dict(loaded.state_dict()), dict(trainer.student.plain.state_dict()))
+    assert load_file(tmp_path / "checkpoint-2" / "auxiliary_head.safetensors")
+
+
+class Poison(TrainerCallback):
+    """Makes the teacher say NaN from some step on."""
+
+    def __init__(self, teacher, step):
+        self.teacher, self.step = teacher, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.teacher.model.model.norm.weight.data[0] = float("nan")
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_teacher_that_becomes_nan_stops_the_run_before_anything_is_saved(logging_steps, tmp_path):
+    trainer = trainer_for(tmp_path, logging_steps=logging_steps)
+    trainer.add_callback(Poison(trainer.teacher, 3))
+    with pytest.raises(NonFiniteLossError, match="before step 4"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_batch_without_rows_that_count_changes_nothing(tmp_path):
+    trainer = trainer_for(tmp_path, recipe=KL, max_steps=1, save_strategy="no")
+    for row in trainer.train_dataset:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0
+    assert_equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("where", ["backbone", "all"])
+def test_alignment_over_parameters_of_parts_of_a_batch_is_refused(where, tmp_path):
+    with pytest.raises(ValueError, match="align at the features"):
+        trainer_for(tmp_path, alignment=GradientAlignment(where=where), gradient_accumulation_steps=2)
+
+
+def test_evaluation_is_the_plain_models(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=1, save_strategy="no")
+    found = trainer.evaluate(rows_for("llama-lm", 4))
+    batch = trainer.data_collator(rows_for("llama-lm", 4))
+    rows = trainer._rows(batch)
+    with torch.no_grad():
+        logits = trainer.student.plain(batch["input_ids"], batch["attention_mask"]).logits
+    wanted = torch.nn.functional.cross_entropy(rows.pack(logits), rows.labels)
+    assert found["eval_loss"] == pytest.approx(float(wanted), rel=1e-5)

@@ -1,9 +1,10 @@
 """What a teacher says of every example of a data set, kept on the disk.
 
     spec = CacheSpec(kind="hidden", num_examples=len(data), source={"model": ..., "data": ...})
-    build_cache(folder, spec, compute, head=head)  # again after an interruption: only the rest is computed
-    cache = TeacherCache.open(folder, spec)
-    rows = cache.read(batch["row"])
+    build_cache(folder, spec, compute, head=head)  # after an interruption again: only the rest is computed
+    rows = TeacherCache.open(folder, spec).read(batch["row"])
+
+One teacher then serves many runs, and need not fit into memory beside the student.
 """
 
 # B examples, N rows that count, D hidden width, K kept tokens, C classes
@@ -22,7 +23,6 @@ from .fused import Head
 from .teacher_cache_build import build_cache
 from .teacher_cache_format import (
     HEAD_FILE,
-    TORCH_DTYPES,
     CachedRows,
     CacheSpec,
     Shard,
@@ -34,8 +34,8 @@ from .teacher_cache_format import (
 
 __all__ = ["CacheSpec", "CachedRows", "TeacherCache", "build_cache"]
 
-MAX_OPEN_SHARDS = 128
-"""Opening a shard costs more than reading an example; each open one maps its file, and no memory."""
+MAX_OPEN_SHARDS = 512
+"""Opening a shard takes longer than reading an example; an open one holds neither memory nor a handle."""
 
 
 class TeacherCache:
@@ -111,8 +111,7 @@ class TeacherCache:
         num_rows = torch.tensor([last - first for _, first, last in spots], dtype=torch.int64)
         total = int(num_rows.sum())
         tensors = {
-            name: torch.empty(total, width, dtype=TORCH_DTYPES[dtype])
-            for name, (dtype, width) in self._layout.items()
+            name: torch.empty(total, width, dtype=dtype) for name, (dtype, width) in self._layout.items()
         }
         row = 0
         for shard, first, last in spots:

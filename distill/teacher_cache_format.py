@@ -15,7 +15,7 @@ import json
 import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ INDEX_FILE = "index.json"
 HEAD_FILE = "head.safetensors"
 METADATA_KEY = "teacher_cache"  # one entry only: safetensors writes several in any order
 MAX_INDEX_BYTES = 2**20
+MAX_WIDTH = 2**31  # a matrix without rows may claim any
 
 TENSORS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden",),
@@ -48,8 +49,10 @@ STORED_DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
 }
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-TORCH_DTYPES = {**FLOATS, "I32": torch.int32}
 """By their names in a file."""
+
+Layout = dict[str, tuple[torch.dtype, int]]
+"""Type and width of each matrix, the same in all shards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +97,8 @@ class CacheSpec:
     @property
     def record(self) -> dict[str, Any]:
         """As the index holds it."""
-        return {**asdict(self), "source": dict(self.source)}
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**entries, "source": dict(self.source)}
 
     @property
     def digest(self) -> str:
@@ -124,8 +128,7 @@ class Shard:
 
     offsets: Int[Tensor, " n_plus_1"]
     """Where the rows of each example begin, and where the last end."""
-    layout: dict[str, tuple[str, int]]
-    """Type and width of each matrix, the same in all shards."""
+    layout: Layout
     num_bytes: int
 
 
@@ -208,19 +211,21 @@ def check_shard(folder: Path, spec: CacheSpec, shard: int) -> Shard:
         return Shard(offsets, layout, file.stat().st_size)
 
 
-def _check_matrix(opened: Any, name: str, num_rows: int, spec: CacheSpec) -> tuple[str, int]:
+def _check_matrix(opened: Any, name: str, num_rows: int, spec: CacheSpec) -> tuple[torch.dtype, int]:
     """Type and width of a matrix that fits."""
     matrix = opened.get_slice(name)
     dtype, shape = matrix.get_dtype(), matrix.get_shape()
     stored = STORED_DTYPES[spec.dtype]
-    allowed = {"I32"} if name == "ids" else {key for key, kind in FLOATS.items() if stored in (None, kind)}
+    allowed = {key: kind for key, kind in FLOATS.items() if stored in (None, kind)}
+    if name == "ids":
+        allowed = {"I32": torch.int32}
     if dtype not in allowed:
-        raise ValueError(f"its {name} are {dtype}, not {' or '.join(sorted(allowed))}")
-    if len(shape) != 2 or shape[0] != num_rows or shape[1] < 1:
+        raise ValueError(f"its {name} are {dtype}, not {' or '.join(allowed)}")
+    if len(shape) != 2 or shape[0] != num_rows or not 1 <= shape[1] < MAX_WIDTH:
         raise ValueError(f"its {name} have shape {shape}; its offsets need {num_rows} rows")
     if spec.top_k not in (None, shape[1]):
         raise ValueError(f"its {name} have {shape[1]} columns, not top_k={spec.top_k}")
-    return dtype, shape[1]
+    return allowed[dtype], shape[1]
 
 
 def read_head(folder: Path, spec: CacheSpec) -> Head:
@@ -290,12 +295,12 @@ def _parse(text: str | bytes) -> dict[str, Any]:
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     """The entries of the source beside the others."""
     rest = {key: value for key, value in record.items() if key != "source"}
-    return rest | {f"source {key!r}": value for key, value in record["source"].items()}
+    return rest | {f"source {key}": value for key, value in record["source"].items()}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return [
-        f"{key} is {reprlib.repr(there.get(key))} there, {reprlib.repr(here.get(key))} here"
+        f"{reprlib.repr(key)} is {reprlib.repr(there.get(key))} there, {reprlib.repr(here.get(key))} here"
         for key in sorted({*there, *here})
         if type(there.get(key)) is not type(here.get(key)) or there.get(key) != here.get(key)
     ]

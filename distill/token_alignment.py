@@ -3,6 +3,7 @@
 # S tokens of the student, U of the teacher
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -18,7 +19,9 @@ from ..moe.data import _block_prefix as block_prefix
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are no character, or not yet."""
 LONGEST_WAIT = 16
-"""Tokens. A character has at most 4 bytes: what is no text by then will not become any."""
+"""Tokens. What is no text by then will not become any."""
+HALF_CHARACTER = 3
+"""Bytes, at most, of a character whose first is missing."""
 NOWHERE = -1
 
 
@@ -41,17 +44,17 @@ def align_text(
 ) -> AlignedText:
     """Give the teacher the text of a student's block, and find the positions at which both predict the same.
 
-    Student position s and teacher position u belong together when the tokens s + 1 and u + 1 begin at the same
-    character: both have read the same text and say how it goes on. Each position has one partner at most, and
-    partners rise together. The last positions belong together when all of the text is read. The time is linear in S.
+    Student position s and teacher position u belong together when the tokens s + 1 and u + 1 begin at the
+    same character: both have read the same text and say how it goes on. The last positions do when both have
+    read all of it. Each position has one partner at most, and partners rise together. Takes time linear in S.
 
     The student's end-of-sequence token becomes the teacher's own, and so does its beginning-of-sequence token
     where the teacher's tokenizer adds one; the teacher's text begins with what its tokenizer adds, whether or
     not the student's does. Any other special token is read as the text of its name. Half a character at the
     beginning, where a block was cut, is not given to the teacher.
 
-    Where the teacher's tokenizer loses something of the text (case, spaces, unknown characters), its tokens begin
-    where its offsets say, and spaces that it skips count to the token behind them.
+    Where the teacher's tokenizer loses something of the text (case, spaces, unknown characters), its tokens
+    begin where its offsets say, and spaces that it skips count to the token behind them.
 
     Args:
         student_ids: One block without padding; it may begin and end anywhere, and hold several documents.
@@ -63,39 +66,26 @@ def align_text(
         Both on the device of ``student_ids``, int64.
 
     Raises:
-        ValueError: A tokenizer is not a fast one, the teacher's has no end-of-sequence token for the student's, or
-            ``max_length`` is below 1.
+        ValueError: A tokenizer is not a fast one, the teacher's has no end-of-sequence token for the
+            student's, or ``max_length`` is below 1.
     """
     _check(student_tokenizer, teacher_tokenizer, max_length)
     bos, eos = _special_ids(student_tokenizer)
-    prefix = block_prefix(teacher_tokenizer)
-    # In this order: some tokenizers have one token for both, and between documents it is their end.
-    markers = {bos: prefix, eos: [_special_ids(teacher_tokenizer)[1]]}
-    ids = student_ids.tolist()
+    ids, prefix = student_ids.tolist(), block_prefix(teacher_tokenizer)
     begin = int(ids[:1] == [bos] and (bos != eos or bool(block_prefix(student_tokenizer))))
     student_starts, teacher_starts, teacher_ids = [NOWHERE] * begin, [NOWHERE] * len(prefix), [*prefix]
-    length, end = 0, 0
-    for is_marker, run in groupby(ids[begin:], key=markers.__contains__):
-        if is_marker:  # as wide as one character, so that each has a place of its own
-            for marker in run:
-                student_starts.append(length)
-                teacher_starts += [length] * len(markers[marker])
-                teacher_ids += markers[marker]
-                length = end = length + 1
-            continue
-        text, starts = _read(list(run), student_tokenizer)
-        if length == 0:
-            text, starts = _without_half_character(text, starts)
-        found, found_starts = _encode(text, teacher_tokenizer)
-        student_starts += _shifted(starts[:-1], length)
-        teacher_starts += _shifted(found_starts, length)
-        teacher_ids += found
-        length += len(text)
-        end = length if starts[-1] != NOWHERE else NOWHERE
+    length = 0
+    student_end = 0
+    for part in _parts(ids[begin:], student_tokenizer, teacher_tokenizer):
+        student_starts += _shifted(part.student_starts, length)
+        teacher_starts += _shifted(part.teacher_starts, length)
+        teacher_ids += part.teacher_ids
+        length += part.length
+        student_end = length if part.is_whole else NOWHERE
     # A position is where its next token begins.
-    positions = _pair([*student_starts, end][1:], [*teacher_starts, length][1:][:max_length])
+    positions = _pair([*student_starts, student_end][1:], [*teacher_starts, length][1:][:max_length])
     as_tensor = partial(torch.tensor, dtype=torch.long, device=student_ids.device)
-    return AlignedText(as_tensor(teacher_ids[:max_length]), as_tensor(positions[: len(ids)]))
+    return AlignedText(as_tensor(teacher_ids[:max_length]), as_tensor(positions))
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
@@ -141,11 +131,41 @@ def _special_ids(tokenizer: Any) -> tuple[Any, Any]:
     return tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
-def _read(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
-    """Decode; find where each token begins, and behind them where the last one ends, -1 within a character.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A document or a marker between two."""
 
-    A piece of text is written once it is whole. Decoders treat the first token of all specially (most drop its
-    space), hence each piece is decoded with the one before it.
+    length: int
+    """Characters."""
+    student_starts: list[int]
+    """The character at which each token begins."""
+    teacher_ids: list[int]
+    teacher_starts: list[int]
+    is_whole: bool = True
+    """Whether the student's last token ends with a character."""
+
+
+def _parts(ids: list[int], student: Any, teacher: Any) -> Iterator[_Part]:
+    bos, eos = _special_ids(student)
+    # In this order: where one token is both, it ends the document before.
+    markers = {bos: block_prefix(teacher), eos: [_special_ids(teacher)[1]]}
+    is_first = True
+    for is_marker, run in groupby(ids, key=markers.__contains__):
+        if is_marker:  # counts as a character even where the teacher has none, so that no two share a place
+            yield from (_Part(1, [0], markers[i], [0] * len(markers[i])) for i in run)
+        else:
+            text, starts = _read(list(run), student)
+            if is_first:
+                text, starts = _without_half_character(text, starts)
+            yield _Part(len(text), starts[:-1], *_encode(text, teacher), starts[-1] != NOWHERE)
+        is_first = False
+
+
+def _read(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
+    """The text, and where each token begins in it; behind those its end. -1 within a character.
+
+    A piece of text is written once it is whole. Decoders treat the first token of all specially (many drop
+    its space), hence each piece is decoded with the one before it.
     """
     decode = partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
     pieces: list[str] = []
@@ -168,17 +188,16 @@ def _read(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
 
 def _without_half_character(text: str, starts: list[int]) -> tuple[str, list[int]]:
     """Drop what a cut through a character left at the beginning."""
-    kept = text.lstrip(REPLACEMENT)
-    dropped = len(text) - len(kept)
-    return kept, [start - dropped if start >= dropped else NOWHERE for start in starts]
+    dropped = min(HALF_CHARACTER, len(text) - len(text.lstrip(REPLACEMENT)))
+    return text[dropped:], [start - dropped if start >= dropped else NOWHERE for start in starts]
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens of a text, and where each begins."""
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
-    # Offsets alone would do for few: those of byte-level tokenizers may leave out spaces, others count a space
-    # that they add before the text as its first character.
+    # Not by offsets where it can be helped: those of some byte-level tokenizers leave out spaces, and others
+    # give a space that they add before the text the place of its first character.
     decoded, starts = _read(ids, tokenizer)
     if decoded == text:
         return ids, starts[:-1]

@@ -14,8 +14,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..moe.checkpoint import save_checkpoint
 from ..moe.trainer import MoETrainer, reload_weights
+from .counted import counted_rows
 from .dual_head import SPEC_FILE, DualHeadStudent
-from .losses import ValidRows, valid_rows, valid_tokens
+from .losses import ValidRows
 from .student import StudentInTraining
 from .teachers import Teacher, model_inputs
 
@@ -84,15 +85,8 @@ class DistillTrainer(MoETrainer):
                 f"distillation needs one process for each of {self.args.n_gpu} GPUs: start with torchrun or "
                 "accelerate launch"
             )
-        alignment = self.student.alignment
-        if alignment is None or alignment.where == "features":
-            return
-        if self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1:
-            raise ValueError(
-                f"gradients can be aligned over parameters (where={alignment.where!r}) only where one "
-                f"process has the whole batch at once; here are {self.args.world_size} processes and "
-                f"{self.args.gradient_accumulation_steps} micro-batches: align at the features"
-            )
+        if self.student.alignment is not None:
+            check_alignment(self.student.alignment.where, self.args)
 
     def compute_loss(
         self,
@@ -134,16 +128,7 @@ class DistillTrainer(MoETrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _rows(self, inputs: Mapping[str, Any]) -> ValidRows | None:
-        """The positions that count; ``None`` where each example is one row."""
-        labels = inputs["labels"]
-        if labels.ndim == 1:
-            return None
-        find = valid_tokens if self.student.scale is None else valid_rows
-        if (positions_BS := inputs.get("teacher_positions")) is not None:
-            # Position s is compared through the label of s + 1, which is left out where the teacher has none.
-            labels = labels.clone()
-            labels[:, 1:].masked_fill_(positions_BS[:, :-1] < 0, -100)
-        return find(labels, inputs.get("attention_mask"))
+        return counted_rows(inputs, is_language_model=self.student.scale is not None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Count the rows of all micro-batches and processes, by the rule that the loss goes by."""
@@ -264,6 +249,25 @@ class DistillTrainer(MoETrainer):
             student.student.load_auxiliary_head(folder)
         if student.alignment is not None:
             student.alignment.load_state_dict(load_file(folder / ALIGNMENT_FILE))
+
+
+def check_alignment(where: str, arguments: TrainingArguments) -> None:
+    """Refuse to align by the gradients of parameters where no process has them whole.
+
+    Args:
+        where: Of the alignment.
+        arguments: Of the training.
+
+    Raises:
+        ValueError: Says what there is, and to align at the features.
+    """
+    parts = arguments.gradient_accumulation_steps
+    if where != "features" and (arguments.world_size > 1 or parts > 1):
+        raise ValueError(
+            f"gradients can be aligned over parameters ({where}) only where one process has the whole batch "
+            f"at once; here are {arguments.world_size} processes and {parts} micro-batches: align at the "
+            "features"
+        )
 
 
 class _StepEnd(TrainerCallback):

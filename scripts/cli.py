@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import tyro
 
 from .console import quiet_deepspeed
-from .options import CommonOptions, CompressOptions, DemoOptions, InspectOptions, TrainOptions
+from .distill_options import DistillOptions
+from .options import (
+    CommonOptions,
+    CompressOptions,
+    DemoOptions,
+    InspectOptions,
+    TrainingOptions,
+    TrainOptions,
+)
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -20,6 +28,7 @@ JOBS: dict[type[CommonOptions], str] = {
     InspectOptions: "inspect_model",
     CompressOptions: "compress",
     TrainOptions: "train",
+    DistillOptions: "distill",
     DemoOptions: "demo",
 }
 """The module of each command; its `run` is imported after parsing, so that `--help` needs no torch."""
@@ -28,6 +37,7 @@ Command = (
     Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[CompressOptions, tyro.conf.subcommand("compress")]
     | Annotated[TrainOptions, tyro.conf.subcommand("train")]
+    | Annotated[DistillOptions, tyro.conf.subcommand("distill")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
 
@@ -57,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone (`moekit ... | head`); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        resumes = isinstance(options, CompressOptions | TrainOptions | DemoOptions) and not getattr(
+        resumes = isinstance(options, CompressOptions | TrainingOptions | DemoOptions) and not getattr(
             options, "plan_only", False
         )
         after = "; the output was not touched, and the same command goes on where it was" if resumes else ""
@@ -76,9 +86,8 @@ def parse(argv: Sequence[str]) -> CommonOptions:
     return tyro.cli(
         Command,  # pyright: ignore[reportArgumentType]
         prog="moekit",
-        description="Look at sparse Mixture-of-Experts language models, make them smaller, or make them of "
-        "dense ones. "
-        "`moekit --version` tells the version.",
+        description="Look at sparse Mixture-of-Experts language models, make them smaller, make them of "
+        "dense ones, or teach others what they know. `moekit --version` tells the version.",
         args=list(argv) or ["--help"],
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -133,15 +133,11 @@ class DemoOptions(CommonOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(CommonOptions):
-    """Train a dense model as a self-slimmable one with SMoE-Dropout: any number of its experts can be active.
-
-    A run that was interrupted goes on from its last checkpoint when the same command is given again.
-    """
+class DataOptions(CommonOptions):
+    """What a training begins with: a model and data."""
 
     model: Start
-    """Folder or hub id of a dense model, or, to begin from scratch, a config.json or a folder without
-    weights."""
+    """Folder or hub id."""
     data: OptionalText = None
     """What to train on. causal-lm: text as for `moekit compress`. classification: rows with text (and
     text_pair) and label in a .jsonl, .csv, .tsv or .parquet file or a `datasets` name, or a folder with a
@@ -156,6 +152,66 @@ class TrainOptions(CommonOptions):
     """Folder or hub id of a tokenizer (for pictures: of an image processor), if not beside the model."""
     out: OptionalPath = None
     """Folder to make, which may not exist yet or be empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions(CommonOptions):
+    """How a training goes, and how it is saved."""
+
+    seq_len: OptionalInt = None
+    """Tokens per sequence; 512, or less where the model's context is shorter."""
+    steps: OptionalInt = None
+    """Optimizer steps. Or --epochs."""
+    epochs: OptionalNumber = None
+    """Passes through the data; 1 unless said otherwise."""
+    batch_size: int = 8
+    """Sequences at a time on each device."""
+    gradient_accumulation: int = 1
+    """Batches in each optimizer step."""
+    learning_rate: OptionalNumber = None
+    """Largest of the run; 3e-4 from scratch and 5e-5 for a pretrained model unless said otherwise."""
+    lr_scheduler: str = "cosine"
+    """A schedule of Transformers, such as linear, cosine or constant_with_warmup."""
+    warmup: float = 0.05
+    """Steps in which the learning rate rises; below 1 as a share of all."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    bf16: bool = False
+    """Compute in bfloat16; the weights stay in float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, to save memory."""
+    save_steps: int = 500
+    """Steps between checkpoints; at most so many are lost by an interruption."""
+    eval_steps: OptionalInt = None
+    """Steps between evaluations while training; none unless said."""
+    logging_steps: int = 10
+    """Steps between lines of progress."""
+    report_to: Names = ()
+    """Trackers of Transformers, such as tensorboard or wandb, which have to be installed."""
+    seed: int = 0
+    """Of everything random."""
+    max_shard_size: str = "5GB"
+    """Largest file of weights, such as 500MB or 5GB."""
+    training_arguments: OptionalPath = None
+    """A .json file with any other of Transformers' TrainingArguments, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(LoopOptions, DataOptions):
+    """What every command that trains understands.
+
+    A command's own options stand in a subclass of `DataOptions`, which comes after this one among the
+    command's bases: then `--help` shows them between the data and the loop.
+    """
+
+    command: ClassVar[str]
+    """Its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimmableOptions(DataOptions):
+    """What `moekit train` understands beyond that: experts, and what becomes of them."""
+
     experts: OptionalInt = None
     """Experts of each layer: 16 unless said otherwise, or those that the checkpoint has already."""
     k_start: OptionalInt = None
@@ -193,48 +249,30 @@ class TrainOptions(CommonOptions):
     """FFN layers to convert, counted from 0; all unless said otherwise."""
     logit_std: OptionalNumber = None
     """Deviation of a random router's logits for inputs of unit mean square; 0.32 unless said otherwise."""
-    seq_len: OptionalInt = None
-    """Tokens per sequence; 512, or less where the model's context is shorter."""
-    steps: OptionalInt = None
-    """Optimizer steps. Or --epochs."""
-    epochs: OptionalNumber = None
-    """Passes through the data; 1 unless said otherwise."""
-    batch_size: int = 8
-    """Sequences at a time on each device."""
-    gradient_accumulation: int = 1
-    """Batches in each optimizer step."""
-    learning_rate: OptionalNumber = None
-    """Largest of the run; 3e-4 from scratch and 5e-5 for a pretrained model unless said otherwise."""
-    lr_scheduler: str = "cosine"
-    """A schedule of Transformers, such as linear, cosine or constant_with_warmup."""
-    warmup: float = 0.05
-    """Steps in which the learning rate rises; below 1 as a share of all."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    bf16: bool = False
-    """Compute in bfloat16; the weights stay in float32."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass, to save memory."""
-    save_steps: int = 500
-    """Steps between checkpoints; at most so many are lost by an interruption."""
-    eval_steps: OptionalInt = None
-    """Steps between evaluations while training; none unless said."""
-    logging_steps: int = 10
-    """Steps between lines of progress."""
-    report_to: Names = ()
-    """Trackers of Transformers, such as tensorboard or wandb, which have to be installed."""
-    seed: int = 0
-    """Of everything random."""
     eval_experts: Integers = ()
     """Numbers of active experts to evaluate the result at; powers of two and some between unless said
     otherwise."""
     form: Literal["auto", "moekit", "stock", "dense"] = "auto"
     """moekit is exact and loads after `import moekit.moe`; stock loads without moekit, as Mixtral; dense is
     the model at k = all. auto: moekit, or the dense model that --router none trains."""
-    max_shard_size: str = "5GB"
-    """Largest file of weights, such as 500MB or 5GB."""
-    training_arguments: OptionalPath = None
-    """A .json file with any other of Transformers' TrainingArguments, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainingOptions, SlimmableOptions):
+    """Train a dense model as a self-slimmable one with SMoE-Dropout: any number of its experts can be active.
+
+    A run that was interrupted goes on from its last checkpoint when the same command is given again.
+    """
+
+    command = "train"
+    model: Start
+    """Folder or hub id of a dense model, or, to begin from scratch, a config.json or a folder without
+    weights."""
+
+
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def command_line(command: str, options: CommonOptions) -> str:
@@ -242,16 +280,16 @@ def command_line(command: str, options: CommonOptions) -> str:
     words = ["moekit", command]
     for field in fields(options):
         value = getattr(options, field.name)
-        flag = "--" + field.name.replace("_", "-")
+        name = flag(field.name)
         if field.name == "model":
             words.append(value)
         elif value != field.default and field.name != "debug":
             values = value if isinstance(value, tuple) else [value]
             words += (
-                ["--no-" + flag[2:]]
+                ["--no-" + name[2:]]
                 if value is False
-                else [flag]
+                else [name]
                 if value is True
-                else [flag, *map(str, values)]
+                else [name, *map(str, values)]
             )
     return shlex.join(words)

@@ -1,34 +1,31 @@
 """`moekit train`: from a config or a dense model to a trained, self-slimmable one, with its curve."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, PrinterCallback
 
 from ..moe import ActiveExpertsCallback, DropoutTrainer, add_ffn_dropout, set_active_experts, smoe_layers
 from ..moe.dropout.center import center_routers
 from ..moe.dropout.ffn_activations import coactivation_partitions
 from ..moe.dropout.load import ExpertLoadCallback
 from ..moe.evaluating import evaluating
-from .console import show, step, warn
+from .console import show, warn
 from .options import TrainOptions
 from .slimming_curve import SlimmingCurve, curve_table, measure_curve, summarise
-from .staging import partial_folder, staged_folder
 from .train_arguments import check_sharding
-from .train_checkpoints import remove_incomplete, step_of, whole_checkpoints
+from .train_checkpoints import whole_checkpoints
 from .train_data import row_metrics
 from .train_export import check_export, export
 from .train_model import build_model, convert, convert_analytically, empty_twin, resolve_combine
-from .train_prepare import TrainJob, check_unfinished, prepare_training
+from .train_prepare import TrainJob, prepare_training
 from .train_progress import TrainingLines
 from .train_record import TrainRun, find_training_warnings, write_training_records
+from .training_run import fit, say, shared_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ def run(options: TrainOptions) -> Path:
     """
     job = prepare_training(options)
     assert options.out is not None
-    with _shared_folder(job) as output:
+    with shared_folder(job) as output:
         finished = _train(job, output)
     if job.is_main:
         show(curve_table(finished.curve))
@@ -58,38 +55,14 @@ def run(options: TrainOptions) -> Path:
     return options.out
 
 
-@contextmanager
-def _shared_folder(job: TrainJob) -> Iterator[Path]:
-    """The hidden folder's output; the main process makes it, and renames it when all are done."""
-    out, state = Path(str(job.options.out)).expanduser(), job.arguments.distributed_state
-    wait = (lambda: None) if state is None else state.wait_for_everyone
-    if not job.is_main:
-        wait()
-        yield partial_folder(out) / "output"
-        wait()
-        return
-    check_unfinished(out, job.settings)
-    with staged_folder(out, job.settings) as staging:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        remove_incomplete(job.folder, job.arguments)
-        wait()
-        yield staging.output
-        wait()
-
-
-def _say(job: TrainJob, text: str) -> None:
-    if job.is_main:
-        step(text)
-
-
 def _train(job: TrainJob, output: Path) -> TrainRun:
     """Do the work; every process comes through here."""
     checkpoints = whole_checkpoints(job.folder, job.arguments)
-    _say(job, f"Training on {len(job.examples.train):,} examples, {job.arguments.world_size} process(es)")
+    say(job, f"Training on {len(job.examples.train):,} examples, {job.arguments.world_size} process(es)")
     model = _make_model(job, is_resumed=bool(checkpoints))
     use_cache = getattr(model.config, "use_cache", None)
     trainer = _make_trainer(job, model)
-    _fit(job, trainer, checkpoints)
+    fit(job, trainer, checkpoints)
     curve = _measure(job, trainer)
     if use_cache is not None:
         model.config.use_cache = use_cache  # which Trainer turns off
@@ -112,7 +85,7 @@ def _train(job: TrainJob, output: Path) -> TrainRun:
 def _make_model(job: TrainJob, *, is_resumed: bool) -> Any:
     """The model to train, converted; what a checkpoint will overwrite is not computed again."""
     options = job.options
-    _say(job, f"{'Building' if job.start == 'scratch' else 'Loading'} {job.source.name}")
+    say(job, f"{'Building' if job.start == 'scratch' else 'Loading'} {job.source.name}")
     model: Any = build_model(job.source, job.config, job.task, start=job.start, seed=options.seed)
     if job.schedule is None:
         add_ffn_dropout(model, options.ffn_dropout)
@@ -131,12 +104,12 @@ def _convert(job: TrainJob, model: Any, *, is_resumed: bool) -> Any:
     """Carve or copy the FFNs; what a checkpoint will overwrite is not computed again."""
     options, device = job.options, job.arguments.device
     if options.router == "analytic" and not is_resumed:
-        _say(job, "Finding the neurons that are always active, and those that speak for the others")
+        say(job, "Finding the neurons that are always active, and those that speak for the others")
         return convert_analytically(model.to(device), options, _calibration(job, device))
     partition: Any = "contiguous" if is_resumed else options.partition
     if partition == "coactivation":
         assert job.schedule is not None
-        _say(job, "Grouping neurons that are active together")
+        say(job, "Grouping neurons that are active together")
         partition = coactivation_partitions(
             model.to(device),
             _calibration(job, device),
@@ -150,7 +123,7 @@ def _convert(job: TrainJob, model: Any, *, is_resumed: bool) -> Any:
     model = convert(model, options, start=job.start, partition=partition)
     if before is not None:
         difference = float((_logits(model, batch) - before).abs().max() / before.abs().max())
-        _say(
+        say(
             job,
             f"With all experts active, softmax weights change the logits by up to {difference:.1%} of the "
             "largest (--combine uniform: not at all)",
@@ -193,31 +166,6 @@ def _make_trainer(job: TrainJob, model: PreTrainedModel) -> Any:
     return trainer
 
 
-def _fit(job: TrainJob, trainer: Any, checkpoints: list[Path]) -> None:
-    """Train to the end, from the last checkpoint if there is one."""
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    finished = bool(checkpoints) and TrainerState.load_from_json(
-        str(checkpoints[0] / TRAINER_STATE_NAME)
-    ).global_step >= _total_steps(trainer)
-    if finished and is_sharded:
-        # Trainer would take another step, and only its own loop can load what is sharded.
-        checkpoints, finished = checkpoints[1:], False
-    if not checkpoints:
-        trainer.train()
-        return
-    last = str(checkpoints[0])
-    _say(job, f"Going on from step {step_of(checkpoints[0])}")
-    if not finished:
-        trainer.train(resume_from_checkpoint=last)
-        return
-    trainer._load_from_checkpoint(last)
-    trainer.state = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
-
-
-def _total_steps(trainer: Any) -> int:
-    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-
-
 def _measure(job: TrainJob, trainer: Any) -> SlimmingCurve:
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     twin: Any = None
@@ -236,5 +184,5 @@ def _measure(job: TrainJob, trainer: Any) -> SlimmingCurve:
         k_trained=None if job.schedule is None else (job.schedule.k_start, job.schedule.k_end),
         expert_share=job.expert_share,
         dense=twin,
-        say=partial(_say, job),
+        say=partial(say, job),
     )

@@ -1,4 +1,4 @@
-"""TrainingArguments from the options of `moekit train`, and a check that all processes work together."""
+"""TrainingArguments from the options of a training, and a check that all processes work together."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
-from .options import TrainOptions
+from .options import TrainingOptions
 
 OWN_FLAGS = {
     "output_dir": "--out",
@@ -83,7 +83,7 @@ def read_arguments_file(path: Path | None) -> dict[str, Any]:
 
 
 def training_arguments(
-    options: TrainOptions, folder: Path, start: str, file: dict[str, Any]
+    options: TrainingOptions, folder: Path, start: str, file: dict[str, Any]
 ) -> TrainingArguments:
     """Build them; this also connects the processes that a launcher has started.
 
@@ -105,7 +105,7 @@ def training_arguments(
             f"--report-to {missing[0]} is not installed or not known to Transformers; there are: "
             f"{', '.join(trackers) or 'none'}"
         )
-    _check_launch()
+    _check_launch(options.command)
     try:
         arguments = TrainingArguments(**{**_values(options, folder, start), **file})
     except (TypeError, ImportError) as error:
@@ -114,7 +114,7 @@ def training_arguments(
     return arguments
 
 
-def _values(options: TrainOptions, folder: Path, start: str) -> dict[str, Any]:
+def _values(options: TrainingOptions, folder: Path, start: str) -> dict[str, Any]:
     """TrainingArguments by name, as the options and the machine have them."""
     is_accelerated = torch.accelerator.is_available()
     rate = LEARNING_RATE.get(start, PRETRAINED_LEARNING_RATE)
@@ -152,13 +152,13 @@ def _values(options: TrainOptions, folder: Path, start: str) -> dict[str, Any]:
     }
 
 
-def _check_launch() -> None:
+def _check_launch(command: str) -> None:
     """Refuse what `accelerate launch` does with several processes on the CPU: it starts one."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if launched and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "accelerate launch was asked for several processes and has started one; start them with "
-            "torchrun --nproc_per_node N -m moekit.scripts.cli train ..."
+            f"torchrun --nproc_per_node N -m moekit.scripts.cli {command} ..."
         )
 
 

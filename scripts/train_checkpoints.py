@@ -62,7 +62,7 @@ def _weights_fault(checkpoint: Path) -> str | None:
     try:
         if index.is_file():
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in sorted(names):
+        for name in sorted(names.union(path.name for path in checkpoint.glob("*.safetensors"))):
             with safe_open(checkpoint / name, framework="pt"):  # which compares the header with the size
                 pass
     except (OSError, ValueError, KeyError, SafetensorError) as error:

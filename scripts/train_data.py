@@ -1,4 +1,4 @@
-"""The examples that `moekit train` trains and evaluates on, the same on every process."""
+"""The examples that a model is trained and evaluated on, the same on every process."""
 
 # N examples, S positions
 
@@ -18,7 +18,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_
 from ..moe import check_tokenizer, load_documents, split_blocks, token_blocks
 from ..moe.data import TokenBlocks
 from .calibrate import check_token_ids, sequence_length
-from .options import TrainOptions
+from .options import TrainingOptions
 from .train_rows import LabelledRow, label_names, read_labelled_rows
 
 IGNORED = -100
@@ -85,7 +85,7 @@ class Examples:
         return batch, int(batch["attention_mask"].sum()) if self.unit == "tokens" else len(rows)
 
 
-def read_classes(options: TrainOptions) -> tuple[list[LabelledRow], list[LabelledRow], tuple[str, ...]]:
+def read_classes(options: TrainingOptions) -> tuple[list[LabelledRow], list[LabelledRow], tuple[str, ...]]:
     """Rows to train on, rows to evaluate on, and the names of the labels.
 
     Raises:
@@ -108,7 +108,7 @@ def read_classes(options: TrainOptions) -> tuple[list[LabelledRow], list[Labelle
     return order[count:], order[:count], labels
 
 
-def text_examples(options: TrainOptions, tokenizer: Any, model: PreTrainedModel) -> Examples:
+def text_examples(options: TrainingOptions, tokenizer: Any, model: PreTrainedModel) -> Examples:
     """Blocks of text for a language model.
 
     Raises:
@@ -138,7 +138,7 @@ def text_examples(options: TrainOptions, tokenizer: Any, model: PreTrainedModel)
 
 
 def class_examples(
-    options: TrainOptions,
+    options: TrainingOptions,
     train: Sequence[LabelledRow],
     held_out: Sequence[LabelledRow],
     labels: Sequence[str],
@@ -160,14 +160,10 @@ def class_examples(
             "labels": number_of[row.label],
         }
 
-    def read_picture(row: LabelledRow) -> dict[str, Any]:
-        from PIL import Image
+    def read_pixels(row: LabelledRow) -> dict[str, Any]:
+        return {"pixel_values": read_picture(processor, row), "labels": number_of[row.label]}
 
-        with Image.open(str(row.picture)) as picture:
-            pixels = processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": number_of[row.label]}
-
-    read = read_picture if pictures else read_text
+    read = read_pixels if pictures else read_text
     facts = json.dumps([[row.label, row.text, row.pair, str(row.picture)] for row in (*train, *held_out)])
     return Examples(
         train=ClassRows(train, read),
@@ -176,6 +172,14 @@ def class_examples(
         fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
         unit="pictures" if pictures else "tokens",
     )
+
+
+def read_picture(processor: Any, row: LabelledRow) -> Tensor:
+    """The pixels of a row as an image processor makes them."""
+    from PIL import Image
+
+    with Image.open(str(row.picture)) as picture:
+        return processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
 
 def row_metrics(logits: Any, labels: Tensor, *, shift: bool) -> Tensor:

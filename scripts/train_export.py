@@ -15,6 +15,7 @@ from ..moe.dropout.load import ExpertLoadCallback
 from ..moe.dropout.stock import width_caveat
 from .slimming_curve import summarise
 from .train_prepare import TrainJob
+from .training_job import TrainingJob
 from .verify import VerificationError
 
 LEGAL = ("LICENSE*", "NOTICE*")
@@ -38,21 +39,30 @@ def check_export(job: TrainJob, trainer: Any, model: PreTrainedModel) -> None:
     Raises:
         ValueError: The form cannot be had of this model, or not of one in parts on several processes.
     """
-    if _is_sharded(trainer):
+    if is_sharded(trainer):
         if job.schedule is not None and job.form != "moekit":
             raise ValueError(
                 f"--form {job.form} needs the whole model in one process; train with --form moekit and "
                 f"convert the result with moekit.moe.to_{job.form}"
             )
-        plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-        zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
-        if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-            raise ValueError(
-                "DeepSpeed ZeRO-3 needs zero3_save_16bit_model: true (in JSON "
-                "stage3_gather_16bit_weights_on_model_save), or the trained model could not be saved"
-            )
+        check_gathering(trainer)
     elif job.form == "stock":
         to_stock(model)
+
+
+def check_gathering(trainer: Any) -> None:
+    """Refuse DeepSpeed ZeRO-3 without what lets a model be saved.
+
+    Raises:
+        ValueError: Names the setting.
+    """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 needs zero3_save_16bit_model: true (in JSON "
+            "stage3_gather_16bit_weights_on_model_save), or the trained model could not be saved"
+        )
 
 
 def export(job: TrainJob, trainer: Any, output: Path) -> Exported:
@@ -61,9 +71,9 @@ def export(job: TrainJob, trainer: Any, output: Path) -> Exported:
     Raises:
         VerificationError: What was written is not what was in memory.
     """
-    if _is_sharded(trainer):
-        model_class = _save_sharded(trainer, output)
-        _save_beside(job, output)
+    if is_sharded(trainer):
+        model_class = save_sharded(trainer, output)
+        save_beside(job, output)
         return Exported(model_class)
     model, metrics = trainer.accelerator.unwrap_model(trainer.model), {}
     caveat = None
@@ -78,16 +88,22 @@ def export(job: TrainJob, trainer: Any, output: Path) -> Exported:
         else:
             model.save_pretrained(output, max_shard_size=job.options.max_shard_size)
             write_config_aliases(output / "config.json")
-        _verify(model, output)
-        _save_beside(job, output)
+        verify_saved(model, output)
+        save_beside(job, output)
     return Exported(type(model).__name__, metrics, () if caveat is None else (caveat,))
 
 
-def _is_sharded(trainer: Any) -> bool:
+def is_sharded(trainer: Any) -> bool:
+    """Whether each process has a part of the model."""
     return trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def _save_sharded(trainer: Any, output: Path) -> str:
+def save_sharded(trainer: Any, output: Path) -> str:
+    """Gather a model that is in parts, and write it; every process has to call it.
+
+    Returns:
+        The name of its class.
+    """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output))
@@ -108,7 +124,7 @@ def _densify(job: TrainJob, trainer: Any, model: PreTrainedModel) -> dict[str, f
     return {name: found[f"eval_dense_{name}"] for name in summarise([[0.0, 0.0, 0.0]])}
 
 
-def _save_beside(job: TrainJob, output: Path) -> None:
+def save_beside(job: TrainingJob, output: Path) -> None:
     """The tokenizer, and the licence of what the model was made of."""
     if not job.is_main:
         return
@@ -118,8 +134,12 @@ def _save_beside(job: TrainJob, output: Path) -> None:
             shutil.copyfile(path, output / path.name)
 
 
-def _verify(model: PreTrainedModel, folder: Path) -> None:
-    """Read the model back as its users will."""
+def verify_saved(model: PreTrainedModel, folder: Path) -> None:
+    """Read the model back as its users will.
+
+    Raises:
+        VerificationError: A tensor is not what it is in memory.
+    """
     dtype: Any = model.dtype
     reloaded = type(model).from_pretrained(folder, dtype=dtype, use_safetensors=True)
     mine, theirs = model.state_dict(), reloaded.state_dict()

@@ -1,4 +1,4 @@
-"""What `moekit train` begins with: a config or a checkpoint, and the model that training gets."""
+"""What a training begins with: a config or a checkpoint, and the model that training gets."""
 
 import copy
 import re
@@ -27,7 +27,17 @@ from ..moe.dropout.build import DropoutSpec
 from ..moe.dropout.router import LOGIT_STD
 from .checkpoint_files import INDEX_FILE, PICKLED, SINGLE_FILE, check_folder, files_fingerprint, read_config
 from .console import is_interactive, warn
-from .load import _check_counts, _explained, _find, _quantisation, _quietly, check_finite, load_tokenizer
+from .load import (
+    _check_counts,
+    _explained,
+    _find,
+    _quantisation,
+    _quantisation_table,
+    _quietly,
+    _rebuild,
+    check_finite,
+    load_tokenizer,
+)
 from .options import TrainOptions
 
 DEFAULT_EXPERTS = 16
@@ -63,14 +73,16 @@ class Source:
         return files_fingerprint(self.folder)
 
 
-def open_training_source(name: str) -> Source:
+def open_training_source(name: str, *, allow_compressed: bool = False) -> Source:
     """Find a config or checkpoint and check its files.
 
     Args:
         name: A config.json, a folder or a hub id.
+        allow_compressed: Take a compressed Mixture-of-Experts checkpoint, too. Whether a stock one can be
+            used is for the caller to see.
 
     Raises:
-        ValueError: It does not exist, is damaged, pickled or quantised.
+        ValueError: It does not exist, is damaged, pickled or quantised, or is compressed and may not be.
     """
     if not is_interactive():
         transformers.utils.logging.disable_progress_bar()
@@ -92,7 +104,9 @@ def open_training_source(name: str) -> Source:
             f"'{name}' is quantised ({method}); start from the checkpoint in float32 or bfloat16"
         )
     dropout = table["quantization_config"].get("smoe_dropout") if method == METHOD else None
-    if method == METHOD and (dropout is None or not has_weights):
+    if method == METHOD and not has_weights and allow_compressed:
+        raise ValueError(f"'{name}' is a compressed model without its weights; name the folder that has them")
+    if method == METHOD and (not has_weights or (dropout is None and not allow_compressed)):
         raise ValueError(f"'{name}' is a compressed Mixture-of-Experts model; train needs a dense one")
     return Source(name, folder, config, has_weights, None if dropout is None else read_dropout_spec(dropout))
 
@@ -170,7 +184,7 @@ def _whole_tensors() -> Iterator[None]:
 
 
 def training_skeleton(config: PreTrainedConfig, task: str, name: str) -> PreTrainedModel:
-    """The model on the meta device: all shapes, no weights.
+    """The model on the meta device: all shapes, no weights; dense where it has SMoE-Dropout layers.
 
     Raises:
         ValueError: The config contradicts itself.
@@ -181,7 +195,12 @@ def training_skeleton(config: PreTrainedConfig, task: str, name: str) -> PreTrai
         _quietly(),
         _explained(f"no model can be built from the config of '{name}'"),
     ):
-        return TASKS[task].from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = TASKS[task].from_config(copy.deepcopy(config), dtype=torch.float32)
+    table = _quantisation_table(config)
+    if table and not table.get("smoe_dropout"):
+        with _explained(f"the quantization_config of '{name}' cannot be carried out"):
+            _rebuild(model, table)
+    return model
 
 
 def build_model(
@@ -193,31 +212,59 @@ def build_model(
         ValueError: Weights are missing, do not fit the config, or hold NaN or infinity.
     """
     torch.manual_seed(seed)
-    kind = TASKS[task]
+    if start == "scratch":
+        with _whole_tensors(), _quietly() as report, _explained(f"'{source.name}' cannot be built", report):
+            return TASKS[task].from_config(copy.deepcopy(config), dtype=torch.float32)
+    model, new = _load(source, config, task, dtype="float32")
+    is_whole = task == "causal-lm"
+    _refuse_lost(source, model, new if is_whole else [name for name in new if IN_A_LAYER.search(name)])
+    if new:
+        warn(f"not in '{source.name}', so drawn at random: {', '.join(new)}")
+    return model
+
+
+def load_trained(source: Source, config: PreTrainedConfig, task: str, *, dtype: str) -> PreTrainedModel:
+    """A model with all its weights, the head's too, on the CPU and in evaluation mode.
+
+    Args:
+        source: Its files.
+        config: Its config.
+        task: A key of `TASKS`.
+        dtype: ``auto`` (the checkpoint's own), ``float32`` or ``bfloat16``.
+
+    Raises:
+        ValueError: Weights are missing, do not fit the config, or hold NaN or infinity.
+    """
+    model, new = _load(source, config, task, dtype=dtype)
+    _refuse_lost(source, model, new)
+    return model.eval()
+
+
+def _load(
+    source: Source, config: PreTrainedConfig, task: str, *, dtype: str
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model, and the names of what its files did not hold."""
     with _whole_tensors(), _quietly() as report, _explained(f"'{source.name}' cannot be loaded", report):
-        if start == "scratch":
-            return kind.from_config(copy.deepcopy(config), dtype=torch.float32)
-        model, info = kind.from_pretrained(
+        model, info = TASKS[task].from_pretrained(
             source.folder,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=task != "causal-lm",
             output_loading_info=True,
         )
+    check_finite(model, source.name)
     # Entries are names, or tuples of a name and two shapes.
-    new = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
-    lost = new if task == "causal-lm" else [name for name in new if IN_A_LAYER.search(name)]
+    return model, sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+
+
+def _refuse_lost(source: Source, model: PreTrainedModel, lost: list[str]) -> None:
     if lost:
         raise ValueError(
             f"the weights of '{source.name}' lack {len(lost)} tensors that {type(model).__name__} needs, "
             f"{lost[0]!r} the first: config and weights do not belong together, or a file is incomplete"
         )
-    if new:
-        warn(f"not in '{source.name}', so drawn at random: {', '.join(new)}")
-    check_finite(model, source.name)
-    return model
 
 
 def empty_twin(config: PreTrainedConfig, task: str) -> PreTrainedModel:
@@ -269,25 +316,31 @@ def convert_analytically(
     return to_cmoe(model, batches, experts, shared_experts(options), seed=options.seed, layers=layers)
 
 
-def load_processor(options: TrainOptions, source: Source, task: str) -> Any:
+def load_processor(name: str | None, source: Source, task: str, *, option: str = "--tokenizer") -> Any:
     """The tokenizer, or for pictures the image processor.
+
+    Args:
+        name: Folder or hub id; by default that of the model.
+        source: The model.
+        task: A key of `TASKS`.
+        option: Where the user can name one.
 
     Raises:
         ValueError: There is none, or it cannot pad where it has to.
     """
-    folder = source.folder if options.tokenizer is None else _find(options.tokenizer)
+    folder = source.folder if name is None else _find(name)
     if task == "images":
         try:
             return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         # Whatever is wrong with it, the advice is the same.
         except Exception as error:
             raise ValueError(
-                f"'{folder}' has no image processor that can be loaded: {error}; name one with --tokenizer"
+                f"'{folder}' has no image processor that can be loaded: {error}; name one with {option}"
             ) from error
     try:
         tokenizer = load_tokenizer(str(folder))
     except ValueError as error:
-        raise ValueError(f"{error}; name one with --tokenizer") from error
+        raise ValueError(f"{error}; name one with {option}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if task == "classification" and tokenizer.pad_token is None:

@@ -1,33 +1,26 @@
 """Everything that `moekit train` checks before it builds or loads a model."""
 
-import json
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from ..moe import KSchedule, dense_ffns
 from ..moe.dropout.build import DropoutSpec
 from ..moe.dropout.dense_ffn import ffns_at
-from .options import TrainOptions
-from .prepare import SIZE, check_machine, check_names
-from .record import versions
-from .staging import STATE_FILE, check_output, partial_folder
+from .options import TrainOptions, flag
 from .train_arguments import read_arguments_file, training_arguments
-from .train_data import Examples, class_examples, read_classes, text_examples
 from .train_model import (
     DEFAULT_EXPERTS,
     Source,
     convert,
-    load_processor,
     open_training_source,
-    prepare_config,
     resolve_combine,
     resolve_start,
     shared_experts,
-    training_skeleton,
 )
+from .training_checks import check_not_negative, check_training_options
+from .training_job import TrainingJob, checkpoint_folder, open_task, read_examples
 
 NO_ROUTER = (
     "experts",
@@ -49,36 +42,19 @@ ROUTER_OF = {
     "shared_experts": "analytic",
 }
 """Options that one router alone has a use for."""
-NOT_SETTINGS = ("out", "debug")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainJob:
-    """Options that passed every check, and what they name."""
+class TrainJob(TrainingJob):
+    """A training with experts, or of the dense model that it is compared with."""
 
     options: TrainOptions
-    source: Source
-    config: PreTrainedConfig
-    task: str
-    """causal-lm, classification or images."""
-    start: str
-    """scratch, carve, copy or continue."""
-    processor: Any
-    """Tokenizer or image processor."""
-    examples: Examples
-    labels: tuple[str, ...]
     router: str
     """A key of `ROUTERS`, of the model that is trained on where it has one; or none."""
     expert_share: float
     """Width of an expert in that of the dense FFN: 1 / E for slices, 1 for copies and the dense model."""
     schedule: KSchedule | None
     """None for the dense model."""
-    arguments: TrainingArguments
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes and speaks."""
-        return self.arguments.process_index == 0
 
     @property
     def form(self) -> str:
@@ -94,24 +70,6 @@ class TrainJob:
             return ()
         return self.options.eval_experts or default_eval_experts(self.schedule)
 
-    @property
-    def folder(self) -> Path:
-        """Of checkpoints."""
-        return Path(str(self.arguments.output_dir))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the result depends on, as JSON values."""
-        given = {key: value for key, value in vars(self.options).items() if key not in NOT_SETTINGS}
-        given["training_arguments"] = read_arguments_file(self.options.training_arguments)
-        more = {
-            "model files": self.source.fingerprint,
-            "examples": self.examples.fingerprint,
-            "processes": self.arguments.world_size,
-            "versions": versions(),
-        }
-        return json.loads(json.dumps(given | more, default=str))
-
 
 def default_eval_experts(schedule: KSchedule) -> tuple[int, ...]:
     """Powers of two, three quarters of all, all, and the ends of the schedule."""
@@ -126,85 +84,44 @@ def prepare_training(options: TrainOptions) -> TrainJob:
     Raises:
         ValueError: The first thing that cannot be, with what to do.
     """
-    check_training_options(options)
+    _check_options(options)
     file = read_arguments_file(options.training_arguments)
     source = open_training_source(options.model)
     start = resolve_start(options, source)
     router = options.router if source.spec is None else source.spec.router
     _check_use(options, router)
     schedule = _schedule(options, source)
-    rows = read_classes(options) if options.task == "classification" else None
-    task = options.task if rows is None else "images" if rows[0][0].picture is not None else "classification"
-    processor = load_processor(options, source, task)
-    labels = () if rows is None else rows[2]
-    config = prepare_config(source, task, labels, processor)
-    skeleton = training_skeleton(config, task, source.name)
+    task = open_task(options, source)
     if start != "continue":
-        _try_conversion(options, skeleton, start)
-    share = expert_share(skeleton, source.spec, start, 1 if schedule is None else schedule.num_experts)
+        _try_conversion(options, task.skeleton, start)
+    share = expert_share(task.skeleton, source.spec, start, 1 if schedule is None else schedule.num_experts)
     _check_dense_form(options, share, schedule)
-    if rows is None:
-        examples = text_examples(options, processor, skeleton)
-    else:
-        examples = class_examples(options, rows[0], rows[1], labels, processor, skeleton)
+    examples = read_examples(options, task)
     assert options.out is not None
-    folder = partial_folder(options.out.expanduser()) / "work" / "trainer"
     return TrainJob(
         options=options,
         source=source,
-        config=config,
-        task=task,
+        config=task.config,
+        task=task.name,
         start=start,
-        processor=processor,
+        processor=task.processor,
         examples=examples,
-        labels=labels,
+        labels=task.labels,
         router=router,
         expert_share=share,
         schedule=schedule,
-        arguments=training_arguments(options, folder, start, file),
+        arguments=training_arguments(options, checkpoint_folder(options.out), start, file),
     )
 
 
-def check_training_options(options: TrainOptions) -> None:
+def _check_options(options: TrainOptions) -> None:
     """Refuse what the options alone show cannot be.
 
     Raises:
         ValueError: Names the option.
     """
-    check_names(options.model, options.data)
-    if options.data is None:
-        raise ValueError("--data is missing: name what to train on (see `moekit train --help`)")
-    if options.out is None:
-        raise ValueError("--out is missing: name the folder to make")
-    check_output(options.out.expanduser())
-    if options.steps is not None and options.epochs is not None:
-        raise ValueError(
-            f"give --steps or --epochs, got --steps {options.steps} and --epochs {options.epochs}"
-        )
-    for name in (
-        "steps",
-        "epochs",
-        "batch_size",
-        "gradient_accumulation",
-        "save_steps",
-        "eval_steps",
-        "logging_steps",
-    ):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{_flag(name)} {value} is not a positive number")
-    for name in ("learning_rate", "warmup", "weight_decay", "load_balance", "consistency", "logit_std"):
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"{_flag(name)} {value} is not a finite number of at least 0")
-    if not 0 < options.eval_share < 1:
-        raise ValueError(f"--eval-share {options.eval_share} is not between 0 and 1")
-    size = SIZE.fullmatch(options.max_shard_size)
-    if size is None or float(size[1]) == 0:
-        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")
-    check_machine(None, options.seed)
-    if options.seed >= 2**32:
-        raise ValueError(f"--seed {options.seed} is not less than 2**32, which numpy asks for")
+    check_training_options(options)
+    check_not_negative(options, ("load_balance", "consistency", "logit_std"))
     _check_router(options)
 
 
@@ -213,7 +130,7 @@ def _check_router(options: TrainOptions) -> None:
     said = {field.name for field in fields(options) if getattr(options, field.name) != field.default}
     if options.router == "none":
         if useless := [name for name in NO_ROUTER if name in said]:
-            raise ValueError(f"--router none trains the dense model and has no use for {_flag(useless[0])}")
+            raise ValueError(f"--router none trains the dense model and has no use for {flag(useless[0])}")
         if options.form not in ("auto", "dense"):
             raise ValueError(f"--router none trains the dense model, which --form {options.form} cannot hold")
     elif options.ffn_dropout:
@@ -237,7 +154,7 @@ def _check_use(options: TrainOptions, found: str) -> None:
     said = {field.name for field in fields(options) if getattr(options, field.name) != field.default}
     for name, router in ROUTER_OF.items():
         if name in said and found != router:
-            raise ValueError(f"{_flag(name)} is for --router {router}, got --router {found}")
+            raise ValueError(f"{flag(name)} is for --router {router}, got --router {found}")
 
 
 def _check_analytic(options: TrainOptions) -> None:
@@ -262,7 +179,7 @@ def _check_analytic(options: TrainOptions) -> None:
     for name, k in given.items():
         if k is not None and k < shared:
             raise ValueError(
-                f"{_flag(name)} {k} is less than the {shared} shared experts, which are always active"
+                f"{flag(name)} {k} is less than the {shared} shared experts, which are always active"
             )
 
 
@@ -329,31 +246,3 @@ def _try_conversion(options: TrainOptions, skeleton: Any, start: str) -> None:
         return
     resolve_combine(options, start)
     convert(skeleton, options, start=start, partition="contiguous")
-
-
-def check_unfinished(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse to give up the work of an unfinished run that had other settings.
-
-    Raises:
-        ValueError: Names the settings, and what to do.
-    """
-    folder = partial_folder(out)
-    try:
-        earlier = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    changed = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
-    # What follows from the options, such as the examples from the seed, would only hide the cause.
-    changed = [key for key in changed if key in TrainOptions.__dataclass_fields__] or changed
-    if changed and any((folder / "work" / "trainer").glob("checkpoint-*")):
-        names = [_flag(key) if key in TrainOptions.__dataclass_fields__ else key for key in changed]
-        values = [f"{earlier.get(key)!r:.80} then, {settings.get(key)!r:.80} now" for key in changed]
-        shown = "; ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
-        raise ValueError(
-            f"an unfinished run for '{out}' had other settings ({shown}); give its command again, choose "
-            f"another --out, or remove '{folder}'"
-        )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

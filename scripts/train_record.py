@@ -1,36 +1,26 @@
 """What a finished training leaves behind for people and programs: run.json, curve, picture, model card."""
 
-import json
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
-from typing import Any
 
-from .options import command_line
-from .record import FORMAT, RUN_FILE, short_name, versions
 from .slimming_curve import PICTURE_FILE, CurvePoint, SlimmingCurve, write_curve
 from .train_prepare import TrainJob
+from .training_record import ModelCard, TrainingRun, made_by, write_model_card, write_run_file
 
 ADVICE = {"random": "; --center-routers balances them", "learned": "; a larger --load-balance balances them"}
+EXPERT_TAGS = ("mixture-of-experts", "smoe-dropout", "self-slimmable")
 SHOWN_LAYERS = 3
 """Layers named in a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRun:
-    """A finished training."""
+class TrainRun(TrainingRun):
+    """A finished `moekit train`."""
 
     job: TrainJob
-    model_class: str
     curve: SlimmingCurve
-    history: list[dict[str, Any]]
-    """What Trainer logged."""
-    steps: int
     form_metrics: dict[str, float]
     """Quality of a form that is not exactly the model that was trained."""
-    warnings: tuple[str, ...]
 
 
 def find_training_warnings(job: TrainJob, curve: SlimmingCurve) -> tuple[str, ...]:
@@ -56,102 +46,32 @@ def find_training_warnings(job: TrainJob, curve: SlimmingCurve) -> tuple[str, ..
 
 def write_training_records(run: TrainRun, folder: Path) -> None:
     """Write everything beside the model."""
+    job = run.job
     write_curve(run.curve, folder)
-    _write_run_file(run, folder)
-    _write_model_card(run, folder)
-
-
-def _write_run_file(run: TrainRun, folder: Path) -> None:
-    job, options = run.job, run.job.options
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    facts = {
-        "format": FORMAT,
-        "version": 1,
-        "command": command_line("train", options),
-        "config": config,
-        "training": {
-            "task": options.task,
-            "start": job.start,
-            "form": job.form,
-            "model_class": run.model_class,
-            "schedule": None if job.schedule is None else asdict(job.schedule),
-            "steps": run.steps,
-            "processes": job.arguments.world_size,
-            "learning_rate": job.arguments.learning_rate,
-            "labels": list(job.labels),
-        },
-        "versions": versions() | {"accelerate": version("accelerate")},
-        "platform": platform.platform(),
-        "seed": options.seed,
-        "data": {
-            "source": options.data,
-            "fingerprint": job.examples.fingerprint,
-            "examples": {"train": len(job.examples.train), "held_out": len(job.examples.held_out)},
-        },
-        "metrics": {
-            "curve": run.curve.to_dict(),
-            "expert_load": {
-                str(point.active_experts): point.load for point in run.curve.points if point.load
-            },
-            **({f"{job.form}_form": run.form_metrics} if run.form_metrics else {}),
-            "history": [_finite(record) for record in run.history],
-        },
-        "warnings": list(run.warnings),
+    training = {
+        "form": job.form,
+        "schedule": None if job.schedule is None else asdict(job.schedule),
     }
-    text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False, default=str)
-    (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Without numbers that JSON cannot hold."""
-    return {
-        key: None if isinstance(value, float) and not isfinite(value) else value
-        for key, value in record.items()
+    metrics = {
+        "curve": run.curve.to_dict(),
+        "expert_load": {str(point.active_experts): point.load for point in run.curve.points if point.load},
+        **({f"{job.form}_form": run.form_metrics} if run.form_metrics else {}),
     }
+    write_run_file(run, folder, training=training, metrics=metrics)
+    write_model_card(run, folder, _card(run))
 
 
-def _write_model_card(run: TrainRun, folder: Path) -> None:
-    """Write `README.md` as the hub shows it."""
-    job, options = run.job, run.job.options
-    is_hub = job.start != "scratch" and not Path(options.model).exists()
-    base = f"base_model: {options.model}\n" if is_hub else ""
-    needs_moekit = job.form == "moekit"
-    note = "import moekit.moe  # teaches transformers the moekit form\n" if needs_moekit else ""
-    warnings = "".join(f"- {warning}\n" for warning in run.warnings)
-    picture = f"![self-slimming curve]({PICTURE_FILE})" if len(run.curve.points) > 1 else ""
-    card = f"""---
-library_name: transformers
-{base}tags: [moekit{"" if job.schedule is None else ", mixture-of-experts, smoe-dropout, self-slimmable"}]
----
-
-# {short_name(options.model)}: {_title(job)}
-
-{_summary(run)}
-
-## Numbers
-
-{_curve_lines(run.curve)}
-
-{picture}
-
-{f"## Warnings{chr(10)}{chr(10)}{warnings}" if warnings else ""}
-## Load it
-
-```python
-{note}from transformers import {run.model_class}
-
-model = {run.model_class}.from_pretrained("path/or/hub-id"){_slimmer(run)}
-```
-
-## How it was made
-
-`{command_line("train", options)}`
-
-`run.json` holds the settings and every number.
-"""
-    while "\n\n\n" in card:
-        card = card.replace("\n\n\n", "\n\n")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+def _card(run: TrainRun) -> ModelCard:
+    job = run.job
+    return ModelCard(
+        tags=("moekit", *(() if job.schedule is None else EXPERT_TAGS)),
+        title=_title(job),
+        summary=_summary(run),
+        numbers=_curve_lines(run.curve),
+        picture=f"![self-slimming curve]({PICTURE_FILE})" if len(run.curve.points) > 1 else "",
+        needs_moekit=job.form == "moekit",
+        after_loading=_slimmer(run),
+    )
 
 
 def _title(job: TrainJob) -> str:
@@ -166,8 +86,7 @@ def _summary(run: TrainRun) -> str:
         "copy": "from a pretrained model whose FFNs were copied to experts",
         "continue": "from a model that had its experts already",
     }[job.start]
-    by = f"Made by moekit {versions()['moekit']} from `{job.options.model}`"
-    made = f"{by}: trained {begun} for {run.steps} steps"
+    made = f"{made_by(run)}: trained {begun} for {run.steps} steps"
     if job.schedule is None:
         return f"{made}, without experts."
     ends = f"{job.schedule.k_start} to {job.schedule.k_end} of {job.schedule.num_experts}"

@@ -1,0 +1,302 @@
+"""Everything that `moekit distill` checks before it builds or loads a model."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..distill import DistillationRecipe, GradientAlignment, task_head
+from ..distill.losses import LOSSES
+from ..distill.teacher_cache import CacheSpec
+from ..distill.teacher_cache_format import INDEX_FILE, check_index
+from ..distill.token_alignment import same_tokenizer
+from ..distill.trainer import check_alignment
+from ..moe.discovery import has_experts
+from .calibrate import sequence_length
+from .console import warn
+from .distill_data import DistillRows, aligned_text, collator, same_picture, same_text
+from .distill_options import DistillOptions
+from .distill_teacher import TeacherSource, cache_source
+from .options import flag
+from .train_arguments import read_arguments_file, training_arguments
+from .train_model import Source, load_processor, open_training_source, prepare_config, training_skeleton
+from .training_checks import check_not_negative, check_positive, check_training_options
+from .training_job import TrainingJob, TrainingTask, checkpoint_folder, open_task, read_examples
+
+OPTION_OF = {"center": "center", "beta": "beta", "skew": "skew", "top_k": "k"}
+"""Options of single losses, by the arguments that they become."""
+DEFAULT_TOP_K = 64
+ALIGNMENT = ("align_at", "align_every", "align_smoothing")
+SECOND_HEAD = ("auxiliary_head", "auxiliary_width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillJob(TrainingJob):
+    """Options that passed every check, and what they name."""
+
+    options: DistillOptions
+    teacher: TeacherSource
+    recipe: DistillationRecipe
+    train_rows: DistillRows
+    held_out_rows: DistillRows
+    collate: Any
+    cache: CacheSpec | None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """With the teacher."""
+        return super().inputs | {"teacher files": self.teacher.source.fingerprint}
+
+    def alignment(self) -> GradientAlignment | None:
+        """A new one, if one was asked for."""
+        return _alignment(self.options)
+
+
+def prepare_distillation(options: DistillOptions) -> DistillJob:
+    """Check everything that can be checked before a model is built, and read the data.
+
+    Raises:
+        ValueError: The first thing that cannot be, with what to do.
+    """
+    check_training_options(options)
+    recipe = make_recipe(options)
+    _check_options(options, recipe)
+    file = read_arguments_file(options.training_arguments)
+    source = open_training_source(options.model, allow_compressed=True)
+    teacher_source = _open_teacher_files(options)
+    task = open_task(options, source, label_order=partial(_teacher_order, teacher_source))
+    teacher = _check_teacher(options, teacher_source, task, recipe)
+    _check_student(options, task, recipe)
+    examples = read_examples(options, task)
+    train, held_out = (_rows(part, options, task, teacher) for part in (examples.train, examples.held_out))
+    assert options.out is not None
+    start = "load" if source.has_weights else "scratch"
+    arguments = training_arguments(options, checkpoint_folder(options.out), start, file)
+    if options.align_gradients:
+        check_alignment(options.align_at, arguments)
+    return DistillJob(
+        options=options,
+        source=source,
+        config=task.config,
+        task=task.name,
+        start=start,
+        processor=task.processor,
+        examples=examples,
+        labels=task.labels,
+        arguments=arguments,
+        teacher=teacher,
+        recipe=recipe,
+        train_rows=train,
+        held_out_rows=held_out,
+        collate=collator(examples.collator, None if teacher.is_same_reader else teacher.processor),
+        cache=_cache(options, task, teacher, recipe, examples.fingerprint, len(train)),
+    )
+
+
+def make_recipe(options: DistillOptions) -> DistillationRecipe:
+    """The losses that the options ask for.
+
+    Raises:
+        ValueError: Options that do not go together.
+    """
+    is_dhkd = options.loss == "dhkd"
+    if is_dhkd and options.heads == "single":
+        raise ValueError("--loss dhkd is binary-kl-norm on a second head; for one head take binary-kl-norm")
+    given = {name: getattr(options, name) for name in OPTION_OF}
+    wanted = {name: value for name, value in given.items() if value not in (None, "none")}
+    if options.cache_kind == "top-k" and options.loss != "bild":
+        wanted.pop("top_k", None)
+    loss = "binary-kl-norm" if is_dhkd else options.loss
+    try:
+        return DistillationRecipe(
+            loss=loss,
+            heads="dual" if is_dhkd or options.heads == "dual" else "single",
+            weight=options.weight,
+            label_weight=options.label_weight,
+            temperature=options.temperature,
+            options={OPTION_OF[name]: value for name, value in wanted.items()},
+            load_balance=options.load_balance,
+        )
+    except ValueError as error:
+        shown = ", ".join(f"{flag(name)} {value}" for name, value in wanted.items())
+        raise ValueError(
+            f"--loss {options.loss}{' with ' if shown else ''}{shown} cannot be: {error}"
+        ) from error
+
+
+def _check_options(options: DistillOptions, recipe: DistillationRecipe) -> None:
+    """Refuse what the options alone show cannot be."""
+    if options.teacher is None:
+        raise ValueError("--teacher is missing: name the model to learn from")
+    check_positive(options, ("temperature", "auxiliary_width", "align_every", "top_k", "stop_epoch"))
+    check_not_negative(options, ("weight", "label_weight", "load_balance"))
+    said = {
+        name
+        for name, field in type(options).__dataclass_fields__.items()
+        if getattr(options, name) != field.default
+    }
+    if recipe.heads == "single":
+        if options.align_gradients:
+            raise ValueError("--align-gradients is for two heads; add --heads dual, or leave it out")
+        if useless := sorted(said.intersection(SECOND_HEAD)):
+            raise ValueError(f"{flag(useless[0])} is for --heads dual")
+    elif options.train_only == "routers":
+        raise ValueError("--train-only routers trains no second head; leave out --heads dual")
+    if not options.align_gradients and (useless := sorted(said.intersection(ALIGNMENT))):
+        raise ValueError(f"{flag(useless[0])} is for --align-gradients")
+    if options.cache is None and (useless := sorted(said & {"cache_kind", "cache_dtype"})):
+        raise ValueError(f"{flag(useless[0])} is for --cache")
+    if options.cache_kind == "top-k" and options.loss != "top-k-kl":
+        raise ValueError(
+            f"a top-k cache is for --loss top-k-kl; --loss {options.loss} needs --cache-kind hidden"
+        )
+    _alignment(options)
+    width = 2 * DEFAULT_TOP_K if options.top_k is None else 2 * options.top_k
+    _try_loss(options, recipe, width)
+
+
+def _try_loss(options: DistillOptions, recipe: DistillationRecipe, num_classes: int) -> None:
+    """Compute the loss of two rows of zeros, to hear early what its arguments may not be."""
+    logits = torch.zeros(2, num_classes)
+    labelled = {"labels_N": torch.zeros(2, dtype=torch.long)} if recipe.method.needs_labels else {}
+    try:
+        recipe.rows_loss()(logits, logits, **labelled)
+        recipe.objective()
+    except ValueError as error:
+        raise ValueError(f"--loss {options.loss} cannot be: {error}") from error
+
+
+def _alignment(options: DistillOptions) -> GradientAlignment | None:
+    if not options.align_gradients:
+        return None
+    return GradientAlignment(options.align_every, options.align_smoothing, options.align_at)
+
+
+def _open_teacher_files(options: DistillOptions) -> Source:
+    assert options.teacher is not None
+    teacher = open_training_source(options.teacher, allow_compressed=True)
+    if not teacher.has_weights:
+        raise ValueError(f"--teacher '{options.teacher}' has no weights; name a trained checkpoint")
+    return teacher
+
+
+def _teacher_order(teacher: Source, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels of the data as the teacher numbers them.
+
+    Raises:
+        ValueError: It was trained on others.
+    """
+    known: Any = teacher.config.id2label
+    names = [str(known[number]) for number in sorted(known)]
+    if set(labels) <= set(names):
+        return tuple(names)
+    is_unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+    if is_unnamed and len(names) == len(labels):
+        warn(f"'{teacher.name}' does not name its {len(names)} labels; taken for {', '.join(labels)}")
+        return labels
+    raise ValueError(
+        f"the data have the labels {', '.join(labels)}, and the teacher '{teacher.name}' knows "
+        f"{len(names)}: {', '.join(names)}; give a teacher that was trained on these labels"
+    )
+
+
+def _check_teacher(
+    options: DistillOptions, source: Source, task: TrainingTask, recipe: DistillationRecipe
+) -> TeacherSource:
+    """Refuse a teacher that this student cannot learn from by this loss."""
+    processor = load_processor(options.teacher_tokenizer, source, task.name, option="--teacher-tokenizer")
+    config: PreTrainedConfig = prepare_config(source, task.name, task.labels, processor)
+    skeleton = training_skeleton(config, task.name, source.name)
+    ours, theirs = task_head(task.skeleton).num_classes, task_head(skeleton).num_classes
+    if task.name == "images":
+        is_same_reader, columns = processor.to_dict() == task.processor.to_dict(), None
+    else:
+        is_same_reader, columns = same_tokenizer(task.processor, processor), None
+    if task.name == "causal-lm" and recipe.method.needs_same_vocabulary:
+        if not is_same_reader:
+            raise ValueError(
+                f"student and teacher have different tokenizers ({len(task.processor)} and {len(processor)} "
+                f"tokens), and --loss {options.loss} compares them token by token; take --loss uld, or a "
+                "teacher with the student's tokenizer"
+            )
+        if len(processor) > min(ours, theirs):
+            raise ValueError(
+                f"the tokenizer has {len(processor)} tokens, more than the heads of student ({ours}) and "
+                f"teacher ({theirs}) both know"
+            )
+        columns = None if ours == theirs else min(ours, theirs)
+    elif task.name != "causal-lm" and ours != theirs:
+        raise ValueError(f"the student has {ours} classes and the teacher {theirs}; they must be the same")
+    return TeacherSource(
+        source=source,
+        config=config,
+        task=task.name,
+        processor=processor,
+        is_same_reader=is_same_reader,
+        num_columns=columns,
+        dtype=options.teacher_dtype,
+    )
+
+
+def _check_student(options: DistillOptions, task: TrainingTask, recipe: DistillationRecipe) -> None:
+    num_classes = task_head(task.skeleton).num_classes
+    if task.name != "causal-lm":
+        _try_loss(options, recipe, num_classes)
+    if (options.train_only == "routers" or options.load_balance) and not has_experts(task.skeleton):
+        name = "--train-only routers" if options.train_only == "routers" else "--load-balance"
+        raise ValueError(f"{name} is for students with experts, and '{options.model}' has none")
+
+
+def _rows(rows: Any, options: DistillOptions, task: TrainingTask, teacher: TeacherSource) -> DistillRows:
+    if teacher.is_same_reader:
+        return DistillRows(rows)
+    length = sequence_length(options.seq_len, teacher.config) if task.name != "images" else 0
+    if task.name == "causal-lm":
+        return DistillRows(rows, aligned_text(task.processor, teacher.processor, 2 * length))
+    if task.name == "images":
+        return DistillRows(rows, same_picture(rows, teacher.processor))
+    skeleton = training_skeleton(teacher.config, task.name, teacher.source.name)
+    return DistillRows(rows, same_text(rows, teacher.processor, skeleton, length))
+
+
+def _cache(
+    options: DistillOptions,
+    task: TrainingTask,
+    teacher: TeacherSource,
+    recipe: DistillationRecipe,
+    data: str,
+    num_examples: int,
+) -> CacheSpec | None:
+    """What the cache has to be, checked against what the folder holds.
+
+    Raises:
+        ValueError: It holds another cache.
+    """
+    if options.cache is None:
+        return None
+    is_language_model, kind = task.name == "causal-lm", options.cache_kind
+    if kind == "auto":
+        kind = (
+            "logits"
+            if not is_language_model
+            else "hidden"
+            if LOSSES[recipe.loss].needs_full_teacher
+            else "top-k"
+        )
+    if (kind == "logits") == is_language_model:
+        fits = "hidden or top-k" if is_language_model else "logits"
+        raise ValueError(f"--cache-kind {kind} does not fit --task {options.task}; take {fits}")
+    spec = CacheSpec(
+        kind=kind,
+        num_examples=num_examples,
+        source=cache_source(teacher, data),
+        top_k=(options.top_k or DEFAULT_TOP_K) if kind == "top-k" else None,
+        dtype=options.cache_dtype,
+    )
+    folder = Path(options.cache).expanduser()
+    if (folder / INDEX_FILE).exists():
+        check_index(folder, spec)
+    return spec

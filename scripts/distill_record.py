@@ -1,0 +1,121 @@
+"""What a finished distillation leaves behind: run.json, picture, model card, table."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..moe.checkpoint import METHOD
+from .console import millions, table
+from .distill_figure import PICTURE_FILE, draw_history
+from .distill_measure import Agreement
+from .distill_prepare import DistillJob
+from .training_record import ModelCard, TrainingRun, made_by, write_model_card, write_run_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRun(TrainingRun):
+    """A finished distillation."""
+
+    job: DistillJob
+    before: dict[str, float] | None
+    """Held-out cross-entropy and accuracy of the student as it came."""
+    after: dict[str, float]
+    near: Agreement | None
+    parameters: int
+    trained_parameters: int
+
+    @property
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Of the table: what, before, after, teacher."""
+        near, before = self.near, self.before
+        teacher = (None, None) if near is None else (near.teacher_cross_entropy, near.teacher_accuracy)
+        names = ("cross_entropy", "accuracy")
+        found = []
+        for name, of_teacher in zip(names, teacher, strict=True):
+            values = (None if before is None else before[name], self.after[name], of_teacher)
+            found.append((name.replace("_", "-"), *(_number(name, value) for value in values)))
+        if self.job.task == "causal-lm":
+            losses = (
+                None if before is None else before["cross_entropy"],
+                self.after["cross_entropy"],
+                teacher[0],
+            )
+            found.append(("perplexity", *(_number("perplexity", _exp(loss)) for loss in losses)))
+        if near is not None:
+            found.append(("KL to teacher, nats", "", f"{near.kl:.4f}", ""))
+            found.append(("same answer as teacher", "", f"{near.top1_agreement:.1%}", ""))
+        return found
+
+
+def _exp(loss: float | None) -> float | None:
+    return None if loss is None or loss > 700 else math.exp(loss)
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return {"accuracy": f"{value:.1%}", "perplexity": f"{value:.4g}"}.get(name, f"{value:.4f}")
+
+
+def summary_table(run: DistillRun) -> Table:
+    """What came out, for the terminal."""
+    first = "before" if run.job.start != "scratch" else ""
+    return table("On held-out examples", ("", first, "after", "teacher"), run.rows)
+
+
+def write_distill_records(run: DistillRun, folder: Path) -> None:
+    """Write everything beside the model."""
+    job, recipe = run.job, run.job.recipe
+    alignment = job.alignment()
+    training = {
+        "teacher": job.options.teacher,
+        "loss": job.options.loss,
+        "heads": recipe.heads,
+        "loss_arguments": recipe.arguments,
+        "weight": recipe.weight_for(_num_classes(run)),
+        "label_weight": recipe.label_weight,
+        "aligned_at": None if alignment is None else alignment.where,
+        "cache": None if job.cache is None else job.cache.kind,
+        "parameters": run.parameters,
+        "trained_parameters": run.trained_parameters,
+    }
+    metrics = {
+        "before": run.before,
+        "after": run.after,
+        "agreement": None if run.near is None else asdict(run.near),
+    }
+    write_run_file(run, folder, training=training, metrics=metrics)
+    has_picture = draw_history(run.history, folder / PICTURE_FILE)
+    write_model_card(run, folder, _card(run, has_picture=has_picture))
+
+
+def _num_classes(run: DistillRun) -> int:
+    job = run.job
+    if job.teacher.num_columns is not None:
+        return job.teacher.num_columns
+    return len(job.labels) or job.config.get_text_config().vocab_size
+
+
+def _card(run: DistillRun, *, has_picture: bool) -> ModelCard:
+    job, options = run.job, run.job.options
+    heads = "a second head, since dropped" if job.recipe.heads == "dual" else "its own head"
+    trained = " (routers only)" if options.train_only == "routers" else ""
+    summary = (
+        f"{made_by(run)}: distilled from `{options.teacher}` for {run.steps} steps, {options.loss} on {heads}"
+        f"{trained}. {millions(run.parameters)} parameters."
+    )
+    lines = ["| held-out | before | after | teacher |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in run.rows]
+    quantised: Any = getattr(job.config, "quantization_config", None) or {}
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    return ModelCard(
+        tags=("moekit", "distillation"),
+        title="distilled",
+        summary=summary,
+        numbers="\n".join(lines),
+        picture=f"![loss over steps]({PICTURE_FILE})" if has_picture else "",
+        needs_moekit=method == METHOD,
+    )

@@ -1,0 +1,150 @@
+"""The teacher of `moekit distill`: its files, its model, and the cache of what it says."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from ..distill.cached_teacher import CachedTeacher
+from ..distill.counted import counted_rows
+from ..distill.head_losses import likeliest
+from ..distill.losses import ValidRows
+from ..distill.teacher_cache import CachedRows, CacheSpec, TeacherCache, build_cache
+from ..distill.teachers import ModelTeacher, Said, TopK
+from .checkpoint_files import content_fingerprint
+from .console import is_interactive
+from .train_model import Source, load_trained
+
+BUILD_BATCH = 8
+"""Examples that the teacher reads at a time while a cache is built."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSource:
+    """A teacher that has passed every check of its files."""
+
+    source: Source
+    config: PreTrainedConfig
+    task: str
+    processor: Any
+    """Tokenizer or image processor."""
+    is_same_reader: bool
+    """Whether it reads what the student reads."""
+    num_columns: int | None
+    """Tokens that both know, where either head is padded."""
+    dtype: str
+
+    def load(self, device: torch.device) -> PreTrainedModel:
+        """Its model.
+
+        Raises:
+            ValueError: Weights are missing, or hold NaN or infinity.
+        """
+        model: Any = load_trained(self.source, self.config, self.task, dtype=self.dtype)
+        return model.to(device)
+
+    def in_memory(self, device: torch.device) -> ModelTeacher:
+        """Its model, ready to answer."""
+        return ModelTeacher(self.load(device), num_columns=self.num_columns)
+
+
+def cache_source(teacher: TeacherSource, data: str) -> dict[str, str]:
+    """Fingerprints of all that a teacher's answers depend on."""
+    processor = teacher.processor
+    backend = getattr(processor, "backend_tokenizer", None)
+    text = repr(processor) if backend is None else backend.to_str()
+    return {
+        "model": content_fingerprint(teacher.source.folder),
+        "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
+        "data": data,
+        "columns": str(teacher.num_columns),
+        "dtype": teacher.dtype,
+    }
+
+
+def open_cache(
+    folder: Path,
+    spec: CacheSpec,
+    teacher: TeacherSource,
+    rows: Any,
+    collate: Any,
+    arguments: TrainingArguments,
+) -> CachedTeacher:
+    """Open the cache; build what it lacks first, each process its part.
+
+    Raises:
+        ValueError: The folder holds another cache, or anything else.
+    """
+    state: Any = arguments.distributed_state
+    device = arguments.device
+    if not _is_whole(folder, spec):
+        answer = teacher.in_memory(device)
+        shown = is_interactive() and arguments.process_index == 0
+        with tqdm(
+            total=spec.num_examples, desc="asking the teacher", unit="example", disable=not shown
+        ) as bar:
+            build_cache(
+                folder,
+                spec,
+                lambda examples: _ask(answer, spec, rows, collate, examples, device),
+                head=answer.head if spec.kind == "hidden" else None,
+                process_index=arguments.process_index,
+                num_processes=arguments.world_size,
+                progress=bar.update,
+            )
+    if state is not None:
+        state.wait_for_everyone()
+    return CachedTeacher(TeacherCache.open(folder, spec), device)
+
+
+def _is_whole(folder: Path, spec: CacheSpec) -> bool:
+    try:
+        TeacherCache.open(folder, spec)
+    except ValueError:  # what is wrong with it, if it cannot be mended, building says
+        return False
+    return True
+
+
+def _ask(
+    teacher: ModelTeacher, spec: CacheSpec, rows: Any, collate: Any, examples: range, device: torch.device
+) -> CachedRows:
+    """The teacher's answers on the examples of a shard."""
+    loader: Any = DataLoader(Subset(rows, examples), batch_size=BUILD_BATCH, collate_fn=collate)
+    counts, answers = [], []
+    for batch in loader:
+        moved = _moved(batch, device)
+        counted = counted_rows(moved, is_language_model=teacher.is_language_model)
+        said = teacher.says(moved, counted)
+        counts.append(_counts(counted, len(moved["labels"])))
+        answers.append(_tensors(said, spec))
+    joined = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
+    return CachedRows(torch.cat(counts), joined)
+
+
+def _counts(rows: ValidRows | None, num_examples: int) -> torch.Tensor:
+    if rows is None:
+        return torch.ones(num_examples, dtype=torch.long)
+    return torch.bincount(rows.positions.cpu() // rows.batch_shape[1], minlength=num_examples)
+
+
+def _tensors(said: Said, spec: CacheSpec) -> dict[str, torch.Tensor]:
+    if spec.kind == "top-k":
+        assert spec.top_k is not None
+        assert not isinstance(said, TopK)
+        kept = likeliest(said, spec.top_k)
+        return {"log_probs": kept.log_probs.cpu(), "ids": kept.ids.cpu()}
+    if isinstance(said, torch.Tensor):
+        return {"logits": said.cpu()}
+    assert not isinstance(said, TopK)
+    return {"hidden": said.hidden.cpu()}
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, dict):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return batch.to(device)

@@ -1,0 +1,144 @@
+"""What every finished training leaves behind: run.json and the model card."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from .options import TrainingOptions, command_line
+from .record import FORMAT, RUN_FILE, short_name, versions
+from .training_job import TrainingJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A finished training."""
+
+    job: TrainingJob
+    model_class: str
+    history: list[dict[str, Any]]
+    """What Trainer logged."""
+    steps: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a model card says that depends on the command."""
+
+    tags: tuple[str, ...]
+    title: str
+    """Without the model's name."""
+    summary: str
+    """Markdown, like what follows."""
+    numbers: str
+    picture: str = ""
+    needs_moekit: bool
+    """Whether the model loads only after `import moekit.moe`."""
+    after_loading: str = ""
+    """More lines of Python."""
+
+
+def write_run_file(
+    run: TrainingRun, folder: Path, *, training: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> None:
+    """Write `run.json`: what was asked, with what, and what came out.
+
+    Args:
+        run: What all commands have to say.
+        folder: Where to.
+        training: More of what was trained and how.
+        metrics: What came out, beside the history of the training.
+    """
+    job, options = run.job, run.job.options
+    facts = {
+        "format": FORMAT,
+        "version": 1,
+        "command": command_line(options.command, options),
+        "config": _config(options),
+        "training": {
+            "task": options.task,
+            "start": job.start,
+            "model_class": run.model_class,
+            **training,
+            "steps": run.steps,
+            "processes": job.arguments.world_size,
+            "learning_rate": job.arguments.learning_rate,
+            "labels": list(job.labels),
+        },
+        "versions": versions() | {"accelerate": version("accelerate")},
+        "platform": platform.platform(),
+        "seed": options.seed,
+        "data": {
+            "source": options.data,
+            "fingerprint": job.examples.fingerprint,
+            "examples": {"train": len(job.examples.train), "held_out": len(job.examples.held_out)},
+        },
+        "metrics": {**metrics, "history": [_finite(record) for record in run.history]},
+        "warnings": list(run.warnings),
+    }
+    text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False, default=str)
+    (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _config(options: TrainingOptions) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Without numbers that JSON cannot hold."""
+    return {
+        key: None if isinstance(value, float) and not isfinite(value) else value
+        for key, value in record.items()
+    }
+
+
+def made_by(run: TrainingRun) -> str:
+    """The beginning of a card's summary."""
+    return f"Made by moekit {versions()['moekit']} from `{run.job.options.model}`"
+
+
+def write_model_card(run: TrainingRun, folder: Path, card: ModelCard) -> None:
+    """Write `README.md` as the hub shows it."""
+    job, options = run.job, run.job.options
+    is_hub = job.start != "scratch" and not Path(options.model).exists()
+    base = f"base_model: {options.model}\n" if is_hub else ""
+    note = "import moekit.moe  # teaches transformers the moekit form\n" if card.needs_moekit else ""
+    warnings = "".join(f"- {warning}\n" for warning in run.warnings)
+    text = f"""---
+library_name: transformers
+{base}tags: [{", ".join(card.tags)}]
+---
+
+# {short_name(options.model)}: {card.title}
+
+{card.summary}
+
+## Numbers
+
+{card.numbers}
+
+{card.picture}
+
+{f"## Warnings{chr(10)}{chr(10)}{warnings}" if warnings else ""}
+## Load it
+
+```python
+{note}from transformers import {run.model_class}
+
+model = {run.model_class}.from_pretrained("path/or/hub-id"){card.after_loading}
+```
+
+## How it was made
+
+`{command_line(options.command, options)}`
+
+`run.json` holds the settings and every number.
+"""
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    (folder / "README.md").write_text(text, encoding="utf-8")

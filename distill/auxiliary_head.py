@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from .task_head import TaskHead
 
@@ -58,7 +59,8 @@ def build_auxiliary_head(head: TaskHead, spec: AuxiliaryHeadSpec, num_classes: i
 
     Reference: Yang et al., Dual-Head Knowledge Distillation (KDD 2025), arXiv:2411.08937.
 
-    *Departs from the paper*: `RMSNorm` for tokens. The released code has the width as a constant.
+    *Departs from the paper*: `RMSNorm` for tokens. The released code has the width as a constant. A batch of
+    one example, such as the last of an epoch may be, is normalised by the running statistics.
     """
     like = head.linear.weight
     where: Any = {"device": like.device, "dtype": like.dtype}
@@ -98,4 +100,20 @@ def _norm(head: TaskHead, spec: AuxiliaryHeadSpec) -> type[nn.Module]:
             "included; use norm='rms'"
         )
     is_rms = spec.norm == "rms" or (spec.norm == "auto" and head.reads_tokens)
-    return nn.RMSNorm if is_rms else nn.BatchNorm1d
+    return _RMSNorm if is_rms else _BatchNorm
+
+
+class _RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise in the weight's dtype, which autocast leaves as it is."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise; one example alone has no deviation."""
+        if self.training and len(input) == 1:
+            return batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(input)

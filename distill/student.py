@@ -91,15 +91,17 @@ class StudentInTraining(nn.Module):
     def _no_split_modules(self) -> Any:
         return self.plain._no_split_modules
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The plain model's."""
+        return self.plain.get_input_embeddings()
+
     def tie_weights(self) -> None:
         """Tie what the plain model ties."""
         self.plain.tie_weights()
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the plain model's activations."""
-        self.plain.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=activation_checkpointing_kwargs
-        )
+        self.plain.activation_checkpointing_enable(**options)
 
     def drop_auxiliary_head(self) -> None:
         """Go on with the task head alone."""

@@ -97,22 +97,34 @@ def build_cache(
             progress(len(spec.examples(shard)))
 
 
-def _begin(folder: Path, spec: CacheSpec, head: Head | None) -> None:
-    """Write index and head, or check the index of an earlier build."""
-    if folder.exists() and not folder.is_dir():
+def check_cache_folder(folder: Path, spec: CacheSpec) -> None:
+    """Refuse a folder in which a cache can be neither begun nor gone on with.
+
+    Raises:
+        ValueError: It is a file, or holds another cache, or anything else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise ValueError(f"'{folder}' is a file; a teacher cache needs a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     names = _names(folder)
-    _remove_partials(folder, {INDEX_FILE, HEAD_FILE})
     if names and INDEX_FILE not in names:
         raise ValueError(
             f"'{folder}' holds {names[0]} and no {INDEX_FILE}, so nobody knows of what; choose another "
             "folder, or remove this one"
         )
-    if not names:
+    if names:
+        check_index(folder, spec)
+
+
+def _begin(folder: Path, spec: CacheSpec, head: Head | None) -> None:
+    """Write index and head, or check the index of an earlier build."""
+    check_cache_folder(folder, spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_partials(folder, {INDEX_FILE, HEAD_FILE})
+    if not (folder / INDEX_FILE).exists():
         with _placed(folder / INDEX_FILE) as file:
             file.write_text(index_text(spec), encoding="utf-8")
-    check_index(folder, spec)
     if head is None:
         return
     try:

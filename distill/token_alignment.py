@@ -20,8 +20,6 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are no character, or not yet."""
 LONGEST_WAIT = 16
 """Tokens. What is no text by then will not become any."""
-HALF_CHARACTER = 3
-"""Bytes, at most, of a character whose first is missing."""
 NOWHERE = -1
 
 
@@ -188,8 +186,9 @@ def _read(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
 
 def _without_half_character(text: str, starts: list[int]) -> tuple[str, list[int]]:
     """Drop what a cut through a character left at the beginning."""
-    dropped = min(HALF_CHARACTER, len(text) - len(text.lstrip(REPLACEMENT)))
-    return text[dropped:], [start - dropped if start >= dropped else NOWHERE for start in starts]
+    kept = text.lstrip(REPLACEMENT)
+    dropped = len(text) - len(kept)
+    return kept, [start - dropped if start >= dropped else NOWHERE for start in starts]
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

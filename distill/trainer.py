@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..moe.checkpoint import save_checkpoint
 from ..moe.trainer import MoETrainer, reload_weights
 from .counted import counted_rows
-from .dual_head import SPEC_FILE, DualHeadStudent
+from .dual_head import HEAD_FILE, SPEC_FILE, DualHeadStudent
 from .losses import ValidRows
 from .student import StudentInTraining
 from .teachers import Teacher, model_inputs
@@ -87,6 +88,16 @@ class DistillTrainer(MoETrainer):
             )
         if self.student.alignment is not None:
             check_alignment(self.student.alignment.where, self.args)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, also after an evaluation, which leaves a mark that would make accelerate leave out DDP."""
+        wrapped: Any = self.model_wrapped
+        is_wrapped = any(isinstance(module, DistributedDataParallel) for module in wrapped.modules())
+        if self.args.world_size > 1 and not self._is_divided and not is_wrapped:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            vars(self.model).pop("_is_accelerate_prepared", None)
+            self.model_wrapped = self.model
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -189,8 +200,11 @@ class DistillTrainer(MoETrainer):
 
     def stop_when_due(self) -> None:
         """Begin the second phase if its epoch has come."""
-        if self.stop_epoch is not None and (self.state.epoch or 0) >= self.stop_epoch:
+        if self._is_over(self.state):
             self.stop_distilling()
+
+    def _is_over(self, state: TrainerState) -> bool:
+        return self.stop_epoch is not None and (state.epoch or 0) >= self.stop_epoch
 
     def stop_distilling(self) -> None:
         """Drop the teacher and, where nothing divides or watches it, the auxiliary head from memory."""
@@ -243,9 +257,18 @@ class DistillTrainer(MoETrainer):
         folder, student = Path(resume_from_checkpoint), self.student
         reload_weights(student.plain, folder)
         if isinstance(student.student, DualHeadStudent):
-            if not (folder / SPEC_FILE).is_file():
+            names = [SPEC_FILE, HEAD_FILE] + ([] if student.alignment is None else [ALIGNMENT_FILE])
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing == names and self._is_over(
+                TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            ):
                 self.stop_distilling()
                 return
+            if missing:
+                raise ValueError(
+                    f"checkpoint '{folder}' lacks {missing[0]}; remove the checkpoint, and the same command "
+                    "goes on from the one before"
+                )
             student.student.load_auxiliary_head(folder)
         if student.alignment is not None:
             student.alignment.load_state_dict(load_file(folder / ALIGNMENT_FILE))

@@ -1,6 +1,7 @@
 """`moekit distill`: from a teacher and a student to a trained student, and how near it has come."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,14 @@ def _distill(job: DistillJob, output: Path) -> DistillRun:
     say(job, f"Distilling on {len(job.train_rows):,} examples, {job.arguments.world_size} process(es)")
     student = _student(job)
     trainer = _trainer(job, student, teacher)
-    before = _before(job, trainer, is_resumed=bool(checkpoints))
+    before = _before(job, trainer, teacher, is_resumed=bool(checkpoints))
     use_cache = getattr(student.config, "use_cache", None)
     fit(job, trainer, checkpoints)
-    after = _evaluate(trainer, "after")
+    after = _held_out(job, trainer, teacher, "after")
     if use_cache is not None:
         student.config.use_cache = use_cache  # which Trainer turns off
     history, steps = list(trainer.state.log_history), trainer.state.global_step
     model_class = _export(job, trainer, output)
-    near = _compare(job, trainer, teacher)
     finished = DistillRun(
         job=job,
         model_class=model_class,
@@ -84,7 +84,6 @@ def _distill(job: DistillJob, output: Path) -> DistillRun:
         warnings=(),
         before=before,
         after=after,
-        near=near,
         trained_parameters=sum(p.numel() for p in trainer.student.plain.parameters() if p.requires_grad),
         parameters=trainer.student.plain.num_parameters(),
     )
@@ -140,7 +139,7 @@ def _trainer(job: DistillJob, student: StudentInTraining, teacher: Teacher) -> A
     return trainer
 
 
-def _before(job: DistillJob, trainer: Any, *, is_resumed: bool) -> dict[str, float] | None:
+def _before(job: DistillJob, trainer: Any, teacher: Teacher, *, is_resumed: bool) -> dict[str, float] | None:
     """The student as it came; ``None`` where it has learned nothing yet, or is divided only in training."""
     if job.start == "scratch" or is_sharded(trainer):
         return None
@@ -149,15 +148,28 @@ def _before(job: DistillJob, trainer: Any, *, is_resumed: bool) -> dict[str, flo
         return json.loads(path.read_text(encoding="utf-8"))
     if is_resumed:
         return None
-    found = _evaluate(trainer, "before")
+    found = _held_out(job, trainer, teacher, "before")
     if job.is_main:
         path.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
-def _evaluate(trainer: Any, when: str) -> dict[str, float]:
-    found = trainer.evaluate(metric_key_prefix=f"eval_{when}")
-    return {name: found[f"eval_{when}_{name}"] for name in summarise([[0.0, 0.0, 0.0]])}
+def _held_out(job: DistillJob, trainer: Any, teacher: Teacher, when: str) -> dict[str, float]:
+    """The student on the held-out examples, all processes together, and how near it is to the teacher."""
+    found = {}
+    # A cache is there because the teacher is large: before the training it is not loaded for this.
+    is_near_measured = _compares(job, trainer) and (when == "after" or job.cache is None)
+    if not is_near_measured or job.arguments.world_size > 1:
+        evaluated = trainer.evaluate(metric_key_prefix=f"eval_{when}")
+        found = {name: evaluated[f"eval_{when}_{name}"] for name in summarise([[0.0, 0.0, 0.0]])}
+    if is_near_measured and job.is_main:
+        return found | asdict(_agreement(job, trainer, teacher))
+    return found
+
+
+def _compares(job: DistillJob, trainer: Any) -> bool:
+    is_alike = job.task != "causal-lm" or job.teacher.is_same_reader
+    return job.options.compare and is_alike and not is_sharded(trainer)
 
 
 def _export(job: DistillJob, trainer: Any, output: Path) -> str:
@@ -178,11 +190,7 @@ def _export(job: DistillJob, trainer: Any, output: Path) -> str:
     return type(model).__name__
 
 
-def _compare(job: DistillJob, trainer: Any, teacher: Teacher) -> Agreement | None:
-    """Both models on the held-out examples; ``None`` where they cannot be compared."""
-    is_unlike = job.task == "causal-lm" and not job.teacher.is_same_reader
-    if not job.options.compare or not job.is_main or is_unlike or is_sharded(trainer):
-        return None
+def _agreement(job: DistillJob, trainer: Any, teacher: Teacher) -> Agreement:
     model: Any = getattr(teacher, "model", None)
     if model is None:
         say(job, f"Loading the teacher {job.teacher.source.name} to compare with")

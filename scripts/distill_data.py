@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
 
 from ..distill.token_alignment import align_text
 from .train_data import ClassRows, read_picture
@@ -92,7 +97,7 @@ def collator(student: Callable[[Any], Any], teacher: Any = None) -> Callable[[Se
         teacher: The teacher's tokenizer or image processor, where it has inputs of its own.
     """
     pad = partial(default_data_collator, return_tensors="pt")
-    if teacher is not None and hasattr(teacher, "pad"):
+    if isinstance(teacher, PreTrainedTokenizerBase):
         pad = DataCollatorWithPadding(teacher)
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

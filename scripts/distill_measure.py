@@ -18,15 +18,18 @@ from ..distill.losses import kl
 from ..distill.teachers import model_inputs
 from ..moe.evaluating import evaluating
 
+NUM_SUMS = 7
 ROWS = 512
 """Rows whose log-probabilities exist at a time."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Agreement:
     """Means over held-out rows."""
 
     rows: int
+    cross_entropy: float
+    accuracy: float
     teacher_cross_entropy: float
     teacher_accuracy: float
     kl: float
@@ -53,7 +56,7 @@ def agreement(
         num_columns: Tokens that both know; all by default.
         shows_progress: Whether to.
     """
-    total = torch.zeros(5, dtype=torch.float64)
+    total = torch.zeros(NUM_SUMS, dtype=torch.float64)
     with evaluating(teacher), evaluating(student):
         for batch in tqdm(batches, "comparing with the teacher", disable=not shows_progress, unit="batch"):
             rows = counted_rows(batch, is_language_model=is_language_model)
@@ -65,31 +68,23 @@ def agreement(
             total += _sums(theirs[:, :num_columns], ours[:, :num_columns].to(theirs.device), labels)
     count, *sums = total.tolist()
     means = [value / max(count, 1) for value in sums]
-    return Agreement(
-        rows=int(count),
-        teacher_cross_entropy=means[0],
-        teacher_accuracy=means[1],
-        kl=means[2],
-        top1_agreement=means[3],
-    )
+    return Agreement(int(count), *means)
 
 
 def _sums(
     theirs_NC: Float[Tensor, "N C"], ours_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, " N"]
-) -> Float[Tensor, " 5"]:
-    """Rows, the teacher's -log p(label) and right answers, KL, equal answers; a few rows at a time."""
-    total = torch.zeros(5, dtype=torch.float64)
+) -> Float[Tensor, " 7"]:
+    """The sums of which `Agreement` has the means, in its order; a few rows at a time."""
+    total = torch.zeros(NUM_SUMS, dtype=torch.float64)
     for start in range(0, len(labels_N), ROWS):
         some = slice(start, start + ROWS)
-        teacher, student, labels = theirs_NC[some].float(), ours_NC[some].float(), labels_N[some]
+        teacher, student = theirs_NC[some].float(), ours_NC[some].float()
+        labels = labels_N[some].to(teacher.device)
         answers = teacher.argmax(-1)
-        columns = [
-            torch.ones_like(labels, dtype=torch.float64, device="cpu"),
-            cross_entropy(teacher, labels.to(teacher.device), reduction="none"),
-            answers == labels.to(answers.device),
-            kl(student, teacher),
-            answers == student.argmax(-1),
-        ]
+        columns = [torch.ones_like(labels)]
+        for logits in (student, teacher):
+            columns += [cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels]
+        columns += [kl(student, teacher), answers == student.argmax(-1)]
         total += torch.stack([column.double().cpu() for column in columns]).sum(1)
     return total
 

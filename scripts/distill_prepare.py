@@ -2,20 +2,21 @@
 
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distill import DistillationRecipe, GradientAlignment, task_head
 from ..distill.losses import LOSSES
 from ..distill.teacher_cache import CacheSpec
-from ..distill.teacher_cache_format import INDEX_FILE, check_index
+from ..distill.teacher_cache_build import check_cache_folder
 from ..distill.token_alignment import same_tokenizer
 from ..distill.trainer import check_alignment
 from ..moe.discovery import has_experts
-from .calibrate import sequence_length
+from .calibrate import context_length, sequence_length
 from .console import warn
 from .distill_data import DistillRows, aligned_text, collator, same_picture, same_text
 from .distill_options import DistillOptions
@@ -69,7 +70,7 @@ def prepare_distillation(options: DistillOptions) -> DistillJob:
     teacher_source = _open_teacher_files(options)
     task = open_task(options, source, label_order=partial(_teacher_order, teacher_source))
     teacher = _check_teacher(options, teacher_source, task, recipe)
-    _check_student(options, task, recipe)
+    _check_student(options, task, recipe, teacher.num_columns)
     examples = read_examples(options, task)
     train, held_out = (_rows(part, options, task, teacher) for part in (examples.train, examples.held_out))
     assert options.out is not None
@@ -107,8 +108,6 @@ def make_recipe(options: DistillOptions) -> DistillationRecipe:
         raise ValueError("--loss dhkd is binary-kl-norm on a second head; for one head take binary-kl-norm")
     given = {name: getattr(options, name) for name in OPTION_OF}
     wanted = {name: value for name, value in given.items() if value not in (None, "none")}
-    if options.cache_kind == "top-k" and options.loss != "bild":
-        wanted.pop("top_k", None)
     loss = "binary-kl-norm" if is_dhkd else options.loss
     try:
         return DistillationRecipe(
@@ -147,6 +146,11 @@ def _check_options(options: DistillOptions, recipe: DistillationRecipe) -> None:
         raise ValueError("--train-only routers trains no second head; leave out --heads dual")
     if not options.align_gradients and (useless := sorted(said.intersection(ALIGNMENT))):
         raise ValueError(f"{flag(useless[0])} is for --align-gradients")
+    if options.stop_epoch is not None and options.label_weight == 0:
+        raise ValueError(
+            f"--label-weight 0 leaves nothing to learn from epoch {options.stop_epoch:g} on; leave out "
+            "--stop-epoch"
+        )
     if options.cache is None and (useless := sorted(said & {"cache_kind", "cache_dtype"})):
         raise ValueError(f"{flag(useless[0])} is for --cache")
     if options.cache_kind == "top-k" and options.loss != "top-k-kl":
@@ -211,10 +215,9 @@ def _check_teacher(
     config: PreTrainedConfig = prepare_config(source, task.name, task.labels, processor)
     skeleton = training_skeleton(config, task.name, source.name)
     ours, theirs = task_head(task.skeleton).num_classes, task_head(skeleton).num_classes
-    if task.name == "images":
-        is_same_reader, columns = processor.to_dict() == task.processor.to_dict(), None
-    else:
-        is_same_reader, columns = same_tokenizer(task.processor, processor), None
+    is_same_reader = _read_alike(task, processor, skeleton)
+    if task.name != "images" and is_same_reader:
+        _check_context(options, task, config)
     if task.name == "causal-lm" and recipe.method.needs_same_vocabulary:
         if not is_same_reader:
             raise ValueError(
@@ -227,7 +230,11 @@ def _check_teacher(
                 f"the tokenizer has {len(processor)} tokens, more than the heads of student ({ours}) and "
                 f"teacher ({theirs}) both know"
             )
-        columns = None if ours == theirs else min(ours, theirs)
+    elif task.name == "token-classification" and not is_same_reader:
+        raise ValueError(
+            "student and teacher have different tokenizers, which --task token-classification cannot align; "
+            "take a teacher with the student's tokenizer"
+        )
     elif task.name != "causal-lm" and ours != theirs:
         raise ValueError(f"the student has {ours} classes and the teacher {theirs}; they must be the same")
     return TeacherSource(
@@ -236,15 +243,45 @@ def _check_teacher(
         task=task.name,
         processor=processor,
         is_same_reader=is_same_reader,
-        num_columns=columns,
+        num_columns=min(ours, theirs) if is_same_reader and ours != theirs else None,
         dtype=options.teacher_dtype,
     )
 
 
-def _check_student(options: DistillOptions, task: TrainingTask, recipe: DistillationRecipe) -> None:
+def _read_alike(task: TrainingTask, processor: Any, teacher: PreTrainedModel) -> bool:
+    """Whether what the student reads is what the teacher would have read."""
+    if task.name == "images":
+        return processor.to_dict() == task.processor.to_dict()
+    if task.name != "classification" or not same_tokenizer(task.processor, processor):
+        return same_tokenizer(task.processor, processor)
+    found = []
+    for tokenizer, model in ((task.processor, task.skeleton), (processor, teacher)):
+        known = signature(type(model).forward).parameters
+        tokens = tokenizer(["a", "a b"], ["b", "b"], padding=True)
+        found.append({key: value for key, value in tokens.items() if key in known})
+    return found[0] == found[1]
+
+
+def _check_context(options: DistillOptions, task: TrainingTask, teacher: PreTrainedConfig) -> None:
+    """Refuse sequences that the teacher, who reads the student's, cannot read."""
+    length, context = sequence_length(options.seq_len, task.config), context_length(teacher)
+    if context is not None and length > context:
+        raise ValueError(
+            f"the teacher's context of {context} tokens is less than the student's sequences of {length}; "
+            f"give --seq-len {context} or less"
+        )
+
+
+def _check_student(
+    options: DistillOptions, task: TrainingTask, recipe: DistillationRecipe, num_columns: int | None
+) -> None:
     num_classes = task_head(task.skeleton).num_classes
-    if task.name != "causal-lm":
-        _try_loss(options, recipe, num_classes)
+    _try_loss(options, recipe, num_columns or num_classes)
+    if recipe.heads == "dual" and options.auxiliary_head == "copy" and num_columns not in (None, num_classes):
+        raise ValueError(
+            f"--auxiliary-head copy has the student's {num_classes} tokens, and the teacher knows "
+            f"{num_columns} of them; take --auxiliary-head linear"
+        )
     if (options.train_only == "routers" or options.load_balance) and not has_experts(task.skeleton):
         name = "--train-only routers" if options.train_only == "routers" else "--load-balance"
         raise ValueError(f"{name} is for students with experts, and '{options.model}' has none")
@@ -253,11 +290,12 @@ def _check_student(options: DistillOptions, task: TrainingTask, recipe: Distilla
 def _rows(rows: Any, options: DistillOptions, task: TrainingTask, teacher: TeacherSource) -> DistillRows:
     if teacher.is_same_reader:
         return DistillRows(rows)
-    length = sequence_length(options.seq_len, teacher.config) if task.name != "images" else 0
-    if task.name == "causal-lm":
-        return DistillRows(rows, aligned_text(task.processor, teacher.processor, 2 * length))
     if task.name == "images":
         return DistillRows(rows, same_picture(rows, teacher.processor))
+    length, context = sequence_length(options.seq_len, teacher.config), context_length(teacher.config)
+    if task.name == "causal-lm":
+        longest = 2 * length if context is None else min(2 * length, context)
+        return DistillRows(rows, aligned_text(task.processor, teacher.processor, longest))
     skeleton = training_skeleton(teacher.config, task.name, teacher.source.name)
     return DistillRows(rows, same_text(rows, teacher.processor, skeleton, length))
 
@@ -289,14 +327,26 @@ def _cache(
     if (kind == "logits") == is_language_model:
         fits = "hidden or top-k" if is_language_model else "logits"
         raise ValueError(f"--cache-kind {kind} does not fit --task {options.task}; take {fits}")
+    length = None
+    if task.name != "images":
+        length = sequence_length(options.seq_len, (task if teacher.is_same_reader else teacher).config)
     spec = CacheSpec(
         kind=kind,
         num_examples=num_examples,
-        source=cache_source(teacher, data),
+        source=cache_source(teacher, data, length),
         top_k=(options.top_k or DEFAULT_TOP_K) if kind == "top-k" else None,
         dtype=options.cache_dtype,
     )
     folder = Path(options.cache).expanduser()
-    if (folder / INDEX_FILE).exists():
-        check_index(folder, spec)
+    _check_apart(folder, options)
+    check_cache_folder(folder, spec)
     return spec
+
+
+def _check_apart(folder: Path, options: DistillOptions) -> None:
+    """Refuse a cache within the result, which has to be a new folder, or around it."""
+    cache, out = folder.resolve(), Path(str(options.out)).expanduser().resolve()
+    if cache == out or cache in out.parents or out in cache.parents:
+        raise ValueError(
+            f"--cache '{folder}' and --out '{options.out}' are one in the other; keep them apart"
+        )

@@ -1,7 +1,7 @@
 """What a finished distillation leaves behind: run.json, picture, model card, table."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,18 @@ from rich.table import Table
 from ..moe.checkpoint import METHOD
 from .console import millions, table
 from .distill_figure import PICTURE_FILE, draw_history
-from .distill_measure import Agreement
 from .distill_prepare import DistillJob
 from .training_record import ModelCard, TrainingRun, made_by, write_model_card, write_run_file
+
+SHOWN = {
+    "cross_entropy": ("cross-entropy, nats", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "kl": ("KL to the teacher, nats", "{:.4f}"),
+    "top1_agreement": ("same answer as the teacher", "{:.1%}"),
+}
+"""Rows of the table, and how their numbers are written."""
+LARGEST = 700
+"""The exponential of more is no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,43 +30,30 @@ class DistillRun(TrainingRun):
 
     job: DistillJob
     before: dict[str, float] | None
-    """Held-out cross-entropy and accuracy of the student as it came."""
+    """Held-out measures of the student as it came; see `Agreement`."""
     after: dict[str, float]
-    near: Agreement | None
     parameters: int
     trained_parameters: int
 
     @property
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Of the table: what, before, after, teacher."""
-        near, before = self.near, self.before
-        teacher = (None, None) if near is None else (near.teacher_cross_entropy, near.teacher_accuracy)
-        names = ("cross_entropy", "accuracy")
+        before, after = self.before or {}, self.after
+        teacher = {key: after[f"teacher_{key}"] for key in SHOWN if f"teacher_{key}" in after}
+        sides = [before, after, teacher]
         found = []
-        for name, of_teacher in zip(names, teacher, strict=True):
-            values = (None if before is None else before[name], self.after[name], of_teacher)
-            found.append((name.replace("_", "-"), *(_number(name, value) for value in values)))
+        for name, (label, form) in SHOWN.items():
+            values = [side.get(name) for side in sides]
+            if any(value is not None for value in values):
+                found.append((label, *("" if value is None else form.format(value) for value in values)))
         if self.job.task == "causal-lm":
-            losses = (
-                None if before is None else before["cross_entropy"],
-                self.after["cross_entropy"],
-                teacher[0],
-            )
-            found.append(("perplexity", *(_number("perplexity", _exp(loss)) for loss in losses)))
-        if near is not None:
-            found.append(("KL to teacher, nats", "", f"{near.kl:.4f}", ""))
-            found.append(("same answer as teacher", "", f"{near.top1_agreement:.1%}", ""))
+            losses = [side.get("cross_entropy") for side in sides]
+            found.insert(1, ("perplexity", *(_perplexity(loss) for loss in losses)))
         return found
 
 
-def _exp(loss: float | None) -> float | None:
-    return None if loss is None or loss > 700 else math.exp(loss)
-
-
-def _number(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return {"accuracy": f"{value:.1%}", "perplexity": f"{value:.4g}"}.get(name, f"{value:.4f}")
+def _perplexity(loss: float | None) -> str:
+    return "" if loss is None or loss > LARGEST else f"{math.exp(loss):.4g}"
 
 
 def summary_table(run: DistillRun) -> Table:
@@ -82,11 +78,7 @@ def write_distill_records(run: DistillRun, folder: Path) -> None:
         "parameters": run.parameters,
         "trained_parameters": run.trained_parameters,
     }
-    metrics = {
-        "before": run.before,
-        "after": run.after,
-        "agreement": None if run.near is None else asdict(run.near),
-    }
+    metrics = {"before": run.before, "after": run.after}
     write_run_file(run, folder, training=training, metrics=metrics)
     has_picture = draw_history(run.history, folder / PICTURE_FILE)
     write_model_card(run, folder, _card(run, has_picture=has_picture))

@@ -53,8 +53,14 @@ class TeacherSource:
         return ModelTeacher(self.load(device), num_columns=self.num_columns)
 
 
-def cache_source(teacher: TeacherSource, data: str) -> dict[str, str]:
-    """Fingerprints of all that a teacher's answers depend on."""
+def cache_source(teacher: TeacherSource, data: str, max_length: int | None) -> dict[str, str]:
+    """Fingerprints of all that a teacher's answers depend on.
+
+    Args:
+        teacher: Who answers.
+        data: Fingerprint of the examples.
+        max_length: Tokens to which they are cut.
+    """
     processor = teacher.processor
     backend = getattr(processor, "backend_tokenizer", None)
     text = repr(processor) if backend is None else backend.to_str()
@@ -62,6 +68,7 @@ def cache_source(teacher: TeacherSource, data: str) -> dict[str, str]:
         "model": content_fingerprint(teacher.source.folder),
         "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
         "data": data,
+        "length": str(max_length),
         "columns": str(teacher.num_columns),
         "dtype": teacher.dtype,
     }

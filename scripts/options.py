@@ -141,12 +141,13 @@ class DataOptions(CommonOptions):
     data: OptionalText = None
     """What to train on. causal-lm: text as for `moekit compress`. classification: rows with text (and
     text_pair) and label in a .jsonl, .csv, .tsv or .parquet file or a `datasets` name, or a folder with a
-    folder of pictures for each class."""
+    folder of pictures for each class. token-classification: rows with lists of tokens and labels, or a .conll
+    file with a word and its label on each line."""
     eval_data: OptionalText = None
     """The like to evaluate on; otherwise a part of the data that is not trained on."""
     eval_share: float = 0.05
     """Size of that part."""
-    task: Literal["causal-lm", "classification"] = "causal-lm"
+    task: Literal["causal-lm", "classification", "token-classification"] = "causal-lm"
     """What is learned."""
     tokenizer: OptionalText = None
     """Folder or hub id of a tokenizer (for pictures: of an image processor), if not beside the model."""

@@ -13,12 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    default_data_collator,
+)
 
 from ..moe import check_tokenizer, load_documents, split_blocks, token_blocks
 from ..moe.data import TokenBlocks
 from .calibrate import check_token_ids, sequence_length
 from .options import TrainingOptions
+from .tagged_rows import TaggedRow, read_tagged_rows
 from .train_rows import LabelledRow, label_names, read_labelled_rows
 
 IGNORED = -100
@@ -45,7 +51,7 @@ class BlockRows(Dataset[dict[str, Tensor]]):
 class ClassRows(Dataset[dict[str, Any]]):
     """Rows as a model reads them, tokenised or loaded when they are asked for."""
 
-    def __init__(self, rows: Sequence[LabelledRow], read: Callable[[LabelledRow], dict[str, Any]]) -> None:
+    def __init__(self, rows: Sequence[Any], read: Callable[[Any], dict[str, Any]]) -> None:
         self.rows = rows
         self.read = read
 
@@ -91,15 +97,27 @@ def read_classes(options: TrainingOptions) -> tuple[list[LabelledRow], list[Labe
     Raises:
         ValueError: The data cannot be read, or has labels in the one part that the other lacks.
     """
+    train, held_out, labels = _read_parts(options, read_labelled_rows, lambda row: (row.label,))
+    if (held_out[0].picture is None) != (train[0].picture is None):
+        raise ValueError("one of --data and --eval-data has pictures and the other text")
+    return train, held_out, labels
+
+
+def read_tags(options: TrainingOptions) -> tuple[list[TaggedRow], list[TaggedRow], tuple[str, ...]]:
+    """The same for rows with a label for each word."""
+    return _read_parts(options, read_tagged_rows, lambda row: row.tags)
+
+
+def _read_parts(
+    options: TrainingOptions, read: Callable[[str], list[Any]], labels_of: Callable[[Any], Sequence[str]]
+) -> tuple[list[Any], list[Any], tuple[str, ...]]:
     assert options.data is not None
-    rows = read_labelled_rows(options.data)
-    labels = label_names(rows)
+    rows = read(options.data)
+    labels = label_names(label for row in rows for label in labels_of(row))
     if options.eval_data is not None:
-        held_out = read_labelled_rows(options.eval_data)
-        if unknown := sorted({row.label for row in held_out} - set(labels)):
+        held_out = read(options.eval_data)
+        if unknown := sorted({label for row in held_out for label in labels_of(row)} - set(labels)):
             raise ValueError(f"--eval-data has the labels {unknown}, which --data has not: {list(labels)}")
-        if (held_out[0].picture is None) != (rows[0].picture is None):
-            raise ValueError("one of --data and --eval-data has pictures and the other text")
         return rows, held_out, labels
     order = random.Random(options.seed).sample(rows, len(rows))
     count = max(1, round(options.eval_share * len(rows)))
@@ -171,6 +189,48 @@ def class_examples(
         collator=default_data_collator if padding is None else lambda rows: dict(padding(rows)),
         fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
         unit="pictures" if pictures else "tokens",
+    )
+
+
+def tag_examples(
+    options: TrainingOptions,
+    train: Sequence[TaggedRow],
+    held_out: Sequence[TaggedRow],
+    labels: Sequence[str],
+    processor: Any,
+    model: PreTrainedModel,
+) -> Examples:
+    """Rows for a classifier of tokens: a word's first token has its label, the others have none.
+
+    Raises:
+        ValueError: The tokenizer cannot tell which token belongs to which word.
+    """
+    if not processor.is_fast:
+        raise ValueError(
+            f"the tokenizer {type(processor).__name__} is not a fast one, which --task token-classification "
+            "needs to tell the words apart; name one with --tokenizer"
+        )
+    number_of = {label: number for number, label in enumerate(labels)}
+    max_length = sequence_length(options.seq_len, model.config)
+    known = signature(type(model).forward).parameters
+    padding = DataCollatorForTokenClassification(processor)
+
+    def read(row: TaggedRow) -> dict[str, Any]:
+        tokens = processor(list(row.words), is_split_into_words=True, truncation=True, max_length=max_length)
+        words = tokens.word_ids()
+        found = [
+            IGNORED if word in (None, before) else number_of[row.tags[word]]
+            for before, word in zip([None, *words], words, strict=False)
+        ]
+        return {**{key: value for key, value in tokens.items() if key in known}, "labels": found}
+
+    facts = json.dumps([[row.words, row.tags] for row in (*train, *held_out)])
+    return Examples(
+        train=ClassRows(train, read),
+        held_out=ClassRows(held_out, read),
+        collator=lambda rows: dict(padding(rows)),
+        fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
+        unit="tokens",
     )
 
 

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -47,6 +48,7 @@ LAYOUT += ("shared_experts",)
 TASKS = {
     "causal-lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
     "images": AutoModelForImageClassification,
 }
 """Classes with a head for the task; ``images`` is classification of pictures."""
@@ -157,7 +159,7 @@ def prepare_config(source: Source, task: str, labels: Sequence[str], processor: 
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
-    if task == "classification" and getattr(config, "pad_token_id", None) is None:
+    if task.endswith("classification") and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = processor.pad_token_id
     if type(config) not in TASKS[task]._model_mapping:
         raise ValueError(
@@ -169,7 +171,7 @@ def prepare_config(source: Source, task: str, labels: Sequence[str], processor: 
 
 def options_task(task: str) -> str:
     """The value of --task that a key of `TASKS` belongs to."""
-    return "causal-lm" if task == "causal-lm" else "classification"
+    return "classification" if task == "images" else task
 
 
 @contextmanager
@@ -343,6 +345,6 @@ def load_processor(name: str | None, source: Source, task: str, *, option: str =
         raise ValueError(f"{error}; name one with {option}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if task == "classification" and tokenizer.pad_token is None:
+    if task.endswith("classification") and tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of '{folder}' has neither padding nor end; set its pad_token")
     return tokenizer

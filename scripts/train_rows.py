@@ -104,13 +104,13 @@ def _pictures(folder: Path) -> list[LabelledRow]:
     ]
 
 
-def label_names(rows: Iterable[LabelledRow]) -> tuple[str, ...]:
-    """All labels: numbers in their order, else names in that of the alphabet.
+def label_names(found: Iterable[str]) -> tuple[str, ...]:
+    """All different labels: numbers in their order, else names in that of the alphabet.
 
     Raises:
         ValueError: There is only one.
     """
-    labels = {row.label for row in rows}
+    labels = set(found)
     if len(labels) < 2:
         raise ValueError(f"all rows have the label {', '.join(labels)!r}; there is nothing to tell apart")
     numeric = all(label.removeprefix("-").isdecimal() for label in labels)

@@ -12,9 +12,15 @@ from .options import TrainingOptions
 from .record import versions
 from .staging import partial_folder
 from .train_arguments import read_arguments_file
-from .train_data import Examples, class_examples, read_classes, text_examples
+from .train_data import (
+    Examples,
+    class_examples,
+    read_classes,
+    read_tags,
+    tag_examples,
+    text_examples,
+)
 from .train_model import Source, load_processor, prepare_config, training_skeleton
-from .train_rows import LabelledRow
 
 NOT_SETTINGS = ("out", "debug")
 
@@ -24,8 +30,8 @@ class TrainingTask:
     """What is learned by which model, before the examples are made."""
 
     name: str
-    """causal-lm, classification or images."""
-    rows: tuple[Sequence[LabelledRow], Sequence[LabelledRow]] | None
+    """A key of `TASKS`."""
+    rows: tuple[Sequence[Any], Sequence[Any]] | None
     """To train and to evaluate on; None for causal-lm, whose text is read later."""
     labels: tuple[str, ...]
     processor: Any
@@ -43,7 +49,7 @@ class TrainingJob:
     source: Source
     config: PreTrainedConfig
     task: str
-    """causal-lm, classification or images."""
+    """A key of `TASKS`."""
     start: str
     """scratch, or how the source's weights are begun with; for `moekit train` carve, copy or continue."""
     processor: Any
@@ -97,8 +103,12 @@ def open_task(
     Raises:
         ValueError: One of them cannot be, or they do not fit each other.
     """
-    rows = read_classes(options) if options.task == "classification" else None
-    name = options.task if rows is None else "images" if rows[0][0].picture is not None else "classification"
+    name, rows = options.task, None
+    if options.task == "token-classification":
+        rows = read_tags(options)
+    elif options.task == "classification":
+        rows = read_classes(options)
+        name = "images" if rows[0][0].picture is not None else "classification"
     processor = load_processor(options.tokenizer, source, name)
     labels = () if rows is None else label_order(rows[2])
     config = prepare_config(source, name, labels, processor)
@@ -120,4 +130,5 @@ def read_examples(options: TrainingOptions, task: TrainingTask) -> Examples:
     """
     if task.rows is None:
         return text_examples(options, task.processor, task.skeleton)
-    return class_examples(options, *task.rows, task.labels, task.processor, task.skeleton)
+    make = tag_examples if task.name == "token-classification" else class_examples
+    return make(options, *task.rows, task.labels, task.processor, task.skeleton)

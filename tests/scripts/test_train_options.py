@@ -156,7 +156,7 @@ def test_rows_of_every_kind_of_file(tmp_path, ending):
         path.write_text("".join(comma.join(row) + "\n" for row in rows), encoding="utf-8")
     rows = read_labelled_rows(str(path))
     assert [(row.text, row.pair, row.label) for row in rows] == [("a", "b", "10"), ("c", "d", "9")]
-    assert label_names(rows) == ("9", "10")
+    assert label_names(row.label for row in rows) == ("9", "10")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_rows_that_cannot_be(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"rows\.jsonl|tell apart") as raised:
-        label_names(read_labelled_rows(str(path)))
+        label_names(row.label for row in read_labelled_rows(str(path)))
     assert message in str(raised.value)
 
 

@@ -87,9 +87,7 @@ SHARED += ("head_dim", "max_position_embeddings", "rope_parameters", "rms_norm_e
 SHARED += ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def train(
-    student: Any, teacher: Any, arm: dict[str, Any] | None, rows: Any, config: LmConfig, seed: int
-) -> None:
+def train(student: Any, teacher: Any, arm: dict[str, Any] | None, rows: Any, config: Any, seed: int) -> None:
     """Minimise one arm's loss."""
     settings = dict(arm or {})
     is_aligned = settings.pop("align", False)
@@ -119,11 +117,10 @@ def train(
     ).train()
 
 
-def run(name: str, seed: int, config: LmConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Train and measure one student."""
-    teacher, tokenizer = given["teacher"], given["tokenizer"]
+def labelled_rows(documents: Any, tokenizer: Any, config: Any, seed: int) -> list[dict[str, Any]]:
+    """The blocks of one training; everything but padding is learned."""
     blocks = token_blocks(
-        given["documents"],
+        documents,
         tokenizer,
         seq_len=config.seq_len,
         max_tokens=config.steps * config.batch_size * config.seq_len,
@@ -133,14 +130,21 @@ def run(name: str, seed: int, config: LmConfig, given: dict[str, Any]) -> dict[s
     labelled = blocks.input_ids.masked_fill(blocks.attention_mask == 0, -100)
     columns = (blocks.input_ids, blocks.attention_mask, labelled)
     keys = ("input_ids", "attention_mask", "labels")
-    rows = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def run(name: str, seed: int, config: LmConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Train and measure one student."""
+    teacher, tokenizer = given["teacher"], given["tokenizer"]
+    rows = labelled_rows(given["documents"], tokenizer, config, seed)
     student = dense_student(teacher, config.ffn_width, seed)
     start = time.perf_counter()
     train(student, teacher, ARMS[name], rows, config, seed)
     seconds = time.perf_counter() - start
     student.eval()
     found = measure(teacher, student, tokenizer, given["held_out"], given["asked"], config.questions)
-    sizes = {"parameters": student.num_parameters(), "tokens": blocks.num_tokens, "seconds": round(seconds)}
+    tokens = sum(int(row["attention_mask"].sum()) for row in rows)
+    sizes = {"parameters": student.num_parameters(), "tokens": tokens, "seconds": round(seconds)}
     return {"arm": name, "seed": seed, **found, **sizes}
 
 

@@ -95,6 +95,10 @@ class StudentInTraining(nn.Module):
         """The plain model's."""
         return self.plain.get_input_embeddings()
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The plain model's; accelerate has to see whether they are tied."""
+        return self.plain.get_output_embeddings()
+
     def tie_weights(self) -> None:
         """Tie what the plain model ties."""
         self.plain.tie_weights()
@@ -179,7 +183,7 @@ class StudentInTraining(nn.Module):
         labelled: dict[str, Any] = {"labels": rows.labels, "num_items": num_items}
         weight = recipe.weight_for(self.num_columns or whole.width)
         if isinstance(self.student, DualHeadStudent):
-            task_ND, distilled_ND = self._split(hidden_ND)
+            task_ND, distilled_ND = self._split(hidden_ND, said)
             parts = {"task": fused_loss(task_ND, whole, cross_entropy(), **labelled) * recipe.label_weight}
             if said is not None:
                 states_NR, linear = self.student.auxiliary_parts(distilled_ND)
@@ -211,7 +215,7 @@ class StudentInTraining(nn.Module):
     ) -> dict[str, Tensor]:
         """Of logits, which are few."""
         if isinstance(self.student, DualHeadStudent):
-            self.student.alignment = self._feature_alignment()
+            self.student.alignment = self._feature_alignment(said)
             both = self.student(**inputs)
             logits, heard = both.logits, both.auxiliary_logits
         else:
@@ -224,11 +228,13 @@ class StudentInTraining(nn.Module):
             parts["distillation"] = found * self.recipe.weight_for(heard.shape[-1])
         return parts
 
-    def _feature_alignment(self) -> GradientAlignment | None:
-        return self.alignment if self.alignment is not None and self.alignment.where == "features" else None
+    def _feature_alignment(self, said: Said | None) -> GradientAlignment | None:
+        """None without a teacher too, or the factor of the first phase would go on in the second."""
+        is_used = said is not None and self.alignment is not None and self.alignment.where == "features"
+        return self.alignment if is_used else None
 
-    def _split(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-        alignment = self._feature_alignment()
+    def _split(self, hidden_ND: Tensor, said: Said | None) -> tuple[Tensor, Tensor]:
+        alignment = self._feature_alignment(said)
         if alignment is None or not torch.is_grad_enabled():
             return hidden_ND, hidden_ND
         return align(hidden_ND, alignment)

@@ -187,7 +187,7 @@ class DistillTrainer(MoETrainer):
                     processes = self.accelerator.num_processes if is_averaged else 1
                     logs[name] = float(mean) * processes / max(self.num_steps, 1)
             self.sums, self.num_batches, self.num_steps = {}, 0, 0
-            if self.student.alignment is not None:
+            if self.student.alignment is not None and self.teacher is not None:
                 logs["alignment_factor"] = float(self.student.alignment.factor)
         super().log(logs, start_time)
 
@@ -236,7 +236,12 @@ class DistillTrainer(MoETrainer):
         prefix = "student.model." if isinstance(student.student, DualHeadStudent) else "student."
         own = None
         if state_dict is not None:
-            own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+            tied = {prefix + key for key in student.plain.all_tied_weights_keys}  # copies, once gathered
+            own = {
+                key[len(prefix) :]: value
+                for key, value in state_dict.items()
+                if key.startswith(prefix) and key not in tied
+            }
         save_checkpoint(student.plain, folder, state_dict=own)
         if isinstance(student.student, DualHeadStudent) and not self._is_divided:
             student.student.save_auxiliary_head(folder)

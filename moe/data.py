@@ -123,7 +123,7 @@ def token_blocks(
     if not texts_by_domain:
         raise ValueError("there are no documents to tokenise")
     sizes = {domain: sum(map(len, texts)) for domain, texts in texts_by_domain.items()}
-    prefix = _block_prefix(tokenizer)
+    prefix = block_prefix(tokenizer)
     parts: list[TokenBlocks] = []
     num_tokens = 0
     left = None if max_tokens is None else max_tokens // seq_len
@@ -153,7 +153,8 @@ def token_blocks(
     return blocks.select(random.Random(seed).sample(range(len(blocks)), len(blocks)))
 
 
-def _block_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def block_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer adds before a text: its beginning-of-sequence token, or nothing."""
     bos: Any = tokenizer.bos_token_id
     added: list[Any] = list(tokenizer("").input_ids)
     return [bos] if bos is not None and added[:1] == [bos] else []

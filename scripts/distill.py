@@ -19,7 +19,7 @@ from ..distill import (
 from ..distill.teachers import Teacher
 from ..moe.checkpoint import save_checkpoint
 from .console import is_interactive, show, warn
-from .distill_measure import Agreement, agreement
+from .distill_measure import Agreement, Measures, agreement
 from .distill_options import DistillOptions
 from .distill_prepare import DistillJob, prepare_distillation
 from .distill_record import DistillRun, summary_table, write_distill_records
@@ -67,9 +67,9 @@ def _distill(job: DistillJob, output: Path) -> DistillRun:
     teacher = _teacher(job)
     say(job, f"Distilling on {len(job.train_rows):,} examples, {job.arguments.world_size} process(es)")
     student = _student(job)
+    use_cache = getattr(student.config, "use_cache", None)
     trainer = _trainer(job, student, teacher)
     before = _before(job, trainer, teacher, is_resumed=bool(checkpoints))
-    use_cache = getattr(student.config, "use_cache", None)
     fit(job, trainer, checkpoints)
     after = _held_out(job, trainer, teacher, "after")
     if use_cache is not None:
@@ -139,7 +139,7 @@ def _trainer(job: DistillJob, student: StudentInTraining, teacher: Teacher) -> A
     return trainer
 
 
-def _before(job: DistillJob, trainer: Any, teacher: Teacher, *, is_resumed: bool) -> dict[str, float] | None:
+def _before(job: DistillJob, trainer: Any, teacher: Teacher, *, is_resumed: bool) -> Measures | None:
     """The student as it came; ``None`` where it has learned nothing yet, or is divided only in training."""
     if job.start == "scratch" or is_sharded(trainer):
         return None
@@ -154,7 +154,7 @@ def _before(job: DistillJob, trainer: Any, teacher: Teacher, *, is_resumed: bool
     return found
 
 
-def _held_out(job: DistillJob, trainer: Any, teacher: Teacher, when: str) -> dict[str, float]:
+def _held_out(job: DistillJob, trainer: Any, teacher: Teacher, when: str) -> Measures:
     """The student on the held-out examples, all processes together, and how near it is to the teacher."""
     found = {}
     # A cache is there because the teacher is large: before the training it is not loaded for this.

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 PICTURE_FILE = "distillation.png"
-CURVES = {
-    "loss": ("whole loss", "#30363d"),
-    "task": ("labels", "#0072b2"),
-    "distillation": ("teacher", "#d55e00"),
-    "eval_cross_entropy": ("held-out cross-entropy", "#009e73"),
+PANELS = {
+    "labels' loss, nats": {"task": ("trained on", "#0072b2"), "eval_cross_entropy": ("held out", "#009e73")},
+    "teacher's loss, weighted": {"distillation": ("", "#d55e00")},
+    "factor of the labels' gradient": {"alignment_factor": ("", "#cc79a7")},
 }
-"""Logged numbers that are drawn: legend and colour."""
+ONE_SWEEP = {
+    "both losses, weighted": {"loss": ("", "#30363d")},
+    "held-out cross-entropy, nats": {"eval_cross_entropy": ("", "#009e73")},
+}
+"""Where the two are never apart."""
 FEWEST = 2
 """Points of a curve."""
 
@@ -26,32 +29,33 @@ def draw_history(history: Sequence[dict[str, Any]], path: Path) -> bool:
     Returns:
         Whether there was enough to draw.
     """
-    curves = {}
-    for name in CURVES:
-        points = [(row["step"], row[name]) for row in history if isinstance(row.get(name), float)]
-        if len(points) >= FEWEST:
-            curves[name] = tuple(zip(*points, strict=True))
-    factors = [(row["step"], row["alignment_factor"]) for row in history if "alignment_factor" in row]
-    if "task" not in curves:
-        curves = {name: curve for name, curve in curves.items() if name not in ("task", "distillation")}
-    if not curves:
+    is_apart = any("task" in record for record in history)
+    panels = []
+    for title, curves in (PANELS if is_apart else ONE_SWEEP).items():
+        found = {name: points for name in curves if len(points := _points(history, name)) >= FEWEST}
+        if found:
+            panels.append((title, curves, found))
+    if not panels:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if len(factors) >= FEWEST else 1, squeeze=False)[0]
-    for name, (steps, values) in curves.items():
-        label, colour = CURVES[name]
-        axes[0].plot(steps, values, label=label, color=colour, linewidth=1.6)
-    axes[0].set(xlabel="step", ylabel="loss, nats", ylim=(0, None))
-    axes[0].legend(frameon=False)
-    if len(factors) >= FEWEST:
-        axes[1].plot(*zip(*factors, strict=True), color="#cc79a7", linewidth=1.6)
-        axes[1].set(xlabel="step", ylabel="factor of the labels' gradient")
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
+    figure = Figure(figsize=(3.6 * len(panels), 3), layout="constrained")
+    for axes, (title, curves, found) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for name, points in found.items():
+            label, colour = curves[name]
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        if len(found) > 1:
+            axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
     return True
+
+
+def _points(history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(record["step"], record[name]) for record in history if isinstance(record.get(name), float)]

@@ -22,6 +22,9 @@ NUM_SUMS = 7
 ROWS = 512
 """Rows whose log-probabilities exist at a time."""
 
+Measures = dict[str, float | int]
+"""By name; see `Agreement`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:

@@ -132,6 +132,8 @@ def _check_options(options: DistillOptions, recipe: DistillationRecipe) -> None:
         raise ValueError("--teacher is missing: name the model to learn from")
     check_positive(options, ("temperature", "auxiliary_width", "align_every", "top_k", "stop_epoch"))
     check_not_negative(options, ("weight", "label_weight", "load_balance"))
+    if not 0 <= options.align_smoothing < 1:
+        raise ValueError(f"--align-smoothing {options.align_smoothing} is not at least 0 and less than 1")
     said = {
         name
         for name, field in type(options).__dataclass_fields__.items()

@@ -10,6 +10,7 @@ from rich.table import Table
 from ..moe.checkpoint import METHOD
 from .console import millions, table
 from .distill_figure import PICTURE_FILE, draw_history
+from .distill_measure import Measures
 from .distill_prepare import DistillJob
 from .training_record import ModelCard, TrainingRun, made_by, write_model_card, write_run_file
 
@@ -29,9 +30,9 @@ class DistillRun(TrainingRun):
     """A finished distillation."""
 
     job: DistillJob
-    before: dict[str, float] | None
+    before: Measures | None
     """Held-out measures of the student as it came; see `Agreement`."""
-    after: dict[str, float]
+    after: Measures
     parameters: int
     trained_parameters: int
 

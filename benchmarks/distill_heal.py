@@ -4,8 +4,9 @@
 
 M-SMoE merges the experts; then the routers alone are trained on what the original says (Router KD), or
 everything is, with or without the labels' loss, on the same blocks in the same number of steps. A seed
-chooses the calibration blocks and the order of the training. Measured as in `distill_lm.py`. One JSON line per
-number of experts, arm and seed; lines that are there are not run again. `distill_lm_report.py` makes the table.
+chooses the calibration blocks and the order of the training. Measured as in `distill_lm.py`. One JSON line
+per number of experts, arm and seed; lines that are there are not run again. `distill_lm_report.py` makes the
+table.
 """
 
 from dataclasses import dataclass

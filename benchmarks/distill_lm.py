@@ -38,10 +38,12 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "DHKD": DHKD,
     "DHKD, mean": DHKD | {"options": {"center": "mean"}},
     "DHKD, logprob": DHKD | {"options": {"center": "logprob"}},
+    "DHKD, mean, a twentieth": DHKD | {"options": {"center": "mean"}, "weight": 100 / 4096 / 20},
     "DHKD, mean, aligned": DHKD | {"options": {"center": "mean"}, "align": True},
     "BinaryKL-Norm, one head": DHKD | {"heads": "single"},
 }
-"""Recipes, beside the labels' loss of weight 1; DHKD has its published weight and a linear second head."""
+"""Recipes, beside the labels' loss of weight 1; DHKD has its published weight, 100 / V, or a
+twentieth of it, and a linear second head."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Table and figure of `distill_lm.py` for `docs/distill.md`, from results alone.
+"""Tables and figure of `distill_lm.py` and `distill_heal.py` for `docs/distill.md`, from results alone.
 
     python benchmarks/distill_lm_report.py
 
@@ -16,7 +16,7 @@ from dropout_report import MISSING, insert_table, markdown
 from matplotlib.figure import Figure
 from quality_report import PALETTE, mean_and_interval
 
-NAME = "distill_lm"
+NAME, HEAL = "distill_lm", "distill_heal"
 TEACHER, BASE = "teacher", "labels only"
 ANSWERS = ("tasks", "sentiment", "trec")
 Row = dict[str, Any]
@@ -58,6 +58,26 @@ def body_of(rows: list[Row]) -> list[list[str]]:
     return body
 
 
+def heal_table(rows: list[Row]) -> str:
+    """A line for each number of experts and arm."""
+    body = []
+    for experts, arm in dict.fromkeys((row["experts"], row["arm"]) for row in rows):
+        mine = [row for row in rows if (row["experts"], row["arm"]) == (experts, arm)]
+        cells = [cell([row["kl"] for row in mine], 3), cell([row["perplexity"] for row in mine], 1)]
+        cells.append(cell([100 * row["top1_agreement"] for row in mine], 1))
+        cells += [cell([100 * row["accuracy"][name] for row in mine], 0) for name in ANSWERS]
+        body.append([f"16 → {experts}", arm, *cells])
+    head = ["experts", "trained", "KL to the original", "perplexity", "same top-1, %"]
+    return markdown([*head, *(f"{name}, %" for name in ANSWERS)], body)
+
+
+def read(path: Path) -> list[Row]:
+    """Lines of results; none if there is no such file."""
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+
+
 def figure(rows: list[Row]) -> Figure:
     """Perplexity and KL of each arm, every seed a grey point."""
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != TEACHER]
@@ -84,13 +104,14 @@ def figure(rows: list[Row]) -> Figure:
 
 
 def main(config: LmReportConfig) -> None:
-    """Write table and figure."""
-    lines = (config.results / f"{NAME}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    """Write tables and figure."""
+    rows, healed = read(config.results / f"{NAME}.jsonl"), read(config.results / f"{HEAL}.jsonl")
     head = ["arm", "perplexity", "KL to teacher", "against labels only", "same top-1, %"]
     head += [f"{name}, %" for name in ANSWERS] + ["seeds"]
-    text = config.document.read_text(encoding="utf-8")
-    config.document.write_text(insert_table(text, NAME, markdown(head, body_of(rows))), encoding="utf-8")
+    text = insert_table(config.document.read_text(encoding="utf-8"), NAME, markdown(head, body_of(rows)))
+    if healed:
+        text = insert_table(text, HEAL, heal_table(healed))
+    config.document.write_text(text, encoding="utf-8")
     figure(rows).savefig(config.document.parent / "figures" / f"{NAME}.png", dpi=110)
 
 

@@ -18,7 +18,7 @@ from ..distill import (
 )
 from ..distill.teachers import Teacher
 from ..moe.checkpoint import save_checkpoint
-from .console import is_interactive, show, warn
+from .console import is_interactive
 from .distill_measure import Agreement, Measures, agreement
 from .distill_options import DistillOptions
 from .distill_prepare import DistillJob, prepare_distillation
@@ -31,7 +31,7 @@ from .train_data import row_metrics
 from .train_export import is_sharded, save_beside, save_sharded, verify_saved
 from .train_model import build_model
 from .train_progress import TrainingLines
-from .training_run import fit, say, shared_folder
+from .training_run import carry_out, fit, say
 
 BEFORE_FILE = "before.json"
 
@@ -49,16 +49,7 @@ def run(options: DistillOptions) -> Path:
         ValueError: Something that was asked for cannot be, in almost all cases before any work.
         DiskFullError: There is no room for the result.
     """
-    job = prepare_distillation(options)
-    assert options.out is not None
-    with shared_folder(job) as output:
-        finished = _distill(job, output)
-    if job.is_main:
-        show(summary_table(finished))
-        for warning in finished.warnings:
-            warn(warning)
-        show(f"model:  {options.out}")
-    return options.out
+    return carry_out(prepare_distillation(options), _distill, summary_table)
 
 
 def _distill(job: DistillJob, output: Path) -> DistillRun:

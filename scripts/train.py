@@ -14,7 +14,6 @@ from ..moe.dropout.center import center_routers
 from ..moe.dropout.ffn_activations import coactivation_partitions
 from ..moe.dropout.load import ExpertLoadCallback
 from ..moe.evaluating import evaluating
-from .console import show, warn
 from .options import TrainOptions
 from .slimming_curve import SlimmingCurve, curve_table, measure_curve, summarise
 from .train_arguments import check_sharding
@@ -25,7 +24,7 @@ from .train_model import build_model, convert, convert_analytically, empty_twin,
 from .train_prepare import TrainJob, prepare_training
 from .train_progress import TrainingLines
 from .train_record import TrainRun, find_training_warnings, write_training_records
-from .training_run import fit, say, shared_folder
+from .training_run import carry_out, fit, say
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +42,7 @@ def run(options: TrainOptions) -> Path:
         ValueError: Something that was asked for cannot be, in almost all cases before any work.
         DiskFullError: There is no room for the result.
     """
-    job = prepare_training(options)
-    assert options.out is not None
-    with shared_folder(job) as output:
-        finished = _train(job, output)
-    if job.is_main:
-        show(curve_table(finished.curve))
-        for warning in finished.warnings:
-            warn(warning)
-        show(f"model:  {options.out}")
-    return options.out
+    return carry_out(prepare_training(options), _train, lambda finished: curve_table(finished.curve))
 
 
 def _train(job: TrainJob, output: Path) -> TrainRun:

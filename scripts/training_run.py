@@ -1,7 +1,7 @@
 """How a checked training runs: in a folder that all processes share, and on from its last checkpoint."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,32 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .console import step
+from .console import show, step, warn
 from .options import flag
 from .staging import STATE_FILE, partial_folder, staged_folder
 from .train_checkpoints import remove_incomplete, step_of
 from .training_job import TrainingJob, checkpoint_folder
+
+
+def carry_out(job: TrainingJob, work: Callable[[Any, Path], Any], table: Callable[[Any], Any]) -> Path:
+    """Do the work in a folder that all processes share, and show what came out.
+
+    Args:
+        job: What to do.
+        work: Gets the job and the folder to fill; returns a `TrainingRun`.
+        table: What to show of that.
+
+    Returns:
+        The folder that was made.
+    """
+    with shared_folder(job) as output:
+        finished = work(job, output)
+    if job.is_main:
+        show(table(finished))
+        for warning in finished.warnings:
+            warn(warning)
+        show(f"model:  {job.options.out}")
+    return Path(str(job.options.out))
 
 
 @contextmanager

@@ -12,62 +12,20 @@ not run again. `distill_report.py` makes the table and the figure.
 
 # N images, C classes
 
-import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 import tyro
 from arms import run_missing
-from moekit.distill import (
-    AuxiliaryHeadSpec,
-    DualHeadStudent,
-    alignment_factor,
-    feature_products,
-    parameter_products,
-    task_head,
-)
-from moekit.distill.losses import LOSSES, published_weight
-from moekit.distill.neural_collapse import gradient_cosine, neural_collapse
+from distill_arms import ARMS, Objective, accuracy, collapse, fit, logits_and_features, student_of
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification
 
 CLASSES = 10
-ALPHA = published_weight(CLASSES, "sum")
-ARMS: dict[str, dict[str, Any]] = {
-    "labels only": {},
-    "KL": {"loss": "kl", "temperature": 4.0, "task": 0.1, "weight": 0.9},
-    "DKD": {"loss": "dkd", "temperature": 4.0},
-    "logit MSE": {"loss": "mse", "temperature": 1.0},
-    "BinaryKL": {"loss": "binary-kl", "temperature": 2.0},
-    "BinaryKL-Norm": {"loss": "binary-kl-norm", "temperature": 2.0, "weight": ALPHA},
-    "dual head, linear": {"loss": "binary-kl-norm", "temperature": 2.0, "weight": ALPHA, "head": "linear"},
-    "dual head, bottleneck": {
-        "loss": "binary-kl-norm",
-        "temperature": 2.0,
-        "weight": ALPHA,
-        "head": "bottleneck",
-    },
-    "dual head, aligned": {
-        "loss": "binary-kl-norm",
-        "temperature": 2.0,
-        "weight": ALPHA,
-        "head": "linear",
-        "align": "parameters",
-    },
-    "dual head, aligned at features": {
-        "loss": "binary-kl-norm",
-        "temperature": 2.0,
-        "weight": ALPHA,
-        "head": "linear",
-        "align": "features",
-    },
-}
-"""Loss, its temperature and weight, the labels' weight (1), the second head (none), and the alignment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,110 +78,61 @@ class Digits:
         return cls((pictures[train], labels[train]), (pictures[test], labels[test]))
 
 
-def fit(model: Any, digits: Digits, epochs: int, config: DigitsConfig, seed: int, objective: Any) -> None:
-    """Minimise ``objective(pictures, labels, step)`` with AdamW and a cosine."""
+def train(model: Any, digits: Digits, epochs: int, config: DigitsConfig, seed: int, objective: Any) -> None:
+    """Minimise ``objective(inputs, labels, step)`` with AdamW."""
     pictures, labels = digits.train
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
-    steps = epochs * (len(labels) // config.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    step = 0
+    batches = []
     for _ in range(epochs):
         order = torch.randperm(len(labels), generator=generator)
-        for rows in order[: len(order) // config.batch_size * config.batch_size].split(config.batch_size):
-            objective(pictures[rows], labels[rows], step).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            step += 1
-    model.eval()
+        batches += order[: len(order) // config.batch_size * config.batch_size].split(config.batch_size)
+
+    def loss(rows: torch.Tensor, step: int) -> torch.Tensor:
+        return objective({"pixel_values": pictures[rows]}, labels[rows], step)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.05)
+    fit(model, optimizer, batches, loss)
 
 
-@torch.no_grad()
-def accuracy(model: Any, part: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Of the task head."""
-    return float((model(pixel_values=part[0]).logits.argmax(-1) == part[1]).float().mean())
+def taught(digits: Digits, config: DigitsConfig, seed: int) -> ViTForImageClassification:
+    """A teacher."""
+    teacher = vit(64, 3, seed)
 
+    def objective(inputs: dict[str, torch.Tensor], labels: torch.Tensor, _: int) -> torch.Tensor:
+        return cross_entropy(teacher(**inputs).logits, labels)
 
-class Objective:
-    """The loss of one arm, and the conflict it saw."""
-
-    def __init__(self, arm: dict[str, Any], student: Any, teacher: Any) -> None:
-        self.arm, self.student, self.teacher = arm, student, teacher
-        self.cosines: dict[str, list[float]] = {"classifier": [], "backbone": []}
-        self.factors: list[float] = []
-
-    def __call__(self, pictures: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        """The sum to minimise."""
-        output = self.student(pixel_values=pictures)
-        task = self.arm.get("task", 1.0) * cross_entropy(output.logits, labels)
-        if "loss" not in self.arm:
-            return task
-        with torch.no_grad():
-            teacher_logits = self.teacher(pixel_values=pictures).logits
-        method = LOSSES[self.arm["loss"]]
-        logits = output.auxiliary_logits if "head" in self.arm else output.logits
-        labelled = {"labels_N": labels} if method.needs_labels else {}
-        rows = method.function(logits, teacher_logits, temperature=self.arm["temperature"], **labelled)
-        distilled = self.arm.get("weight", 1.0) * rows.mean()
-        if step % 20 == 0:
-            self._measure(task, distilled)
-        return self._factor(task, distilled, output) * task + distilled
-
-    def _factor(self, task: torch.Tensor, distilled: torch.Tensor, output: Any) -> float | torch.Tensor:
-        where = self.arm.get("align")
-        if where is None:
-            return 1.0
-        if where == "parameters":
-            found = parameter_products(task, distilled, list(self.student.parameters()))
-        else:
-            found = feature_products(task, distilled, output.features)
-        factor = alignment_factor(*found)
-        self.factors.append(float(factor))
-        return factor
-
-    def _measure(self, task: torch.Tensor, distilled: torch.Tensor) -> None:
-        plain = self.student.model if "head" in self.arm else self.student
-        backbone = [p for p in plain.base_model.parameters() if p.requires_grad]
-        self.cosines["backbone"].append(gradient_cosine(task, distilled, backbone))
-        if "head" not in self.arm:
-            weight = task_head(plain).linear.weight
-            self.cosines["classifier"].append(gradient_cosine(task, distilled, [weight]))
-
-
-def collapse(plain: Any, part: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
-    """Of the task head on training images."""
-    head = task_head(plain).linear
-    with torch.no_grad():
-        features = plain.vit(part[0]).last_hidden_state[:, 0]
-    return asdict(neural_collapse(features, part[1], head.weight))
+    train(teacher, digits, config.teacher_epochs, config, seed, objective)
+    return teacher.requires_grad_(requires_grad=False)
 
 
 def run(name: str, seed: int, config: DigitsConfig, teachers: dict[int, Any]) -> dict[str, Any]:
     """Train one student."""
     digits = Digits.load(config.test_images, seed)
     if seed not in teachers:
-        teacher = vit(64, 3, seed)
-        plain = Objective({}, teacher, None)
-        fit(teacher, digits, config.teacher_epochs, config, seed, plain)
+        teacher = taught(digits, config, seed)
         teachers.clear()
         teachers[seed] = teacher
     teacher, arm = teachers[seed], ARMS[name]
-    student: Any = vit(16, 2, seed + 1000)
-    if "head" in arm:
-        student = DualHeadStudent(student, AuxiliaryHeadSpec(kind=arm["head"]))
-    objective = Objective(arm, student, copy.deepcopy(teacher).eval())
-    fit(student, digits, config.epochs, config, seed, objective)
-    exported = student.export() if "head" in arm else student
+    plain = vit(16, 2, seed + 1000)
+    student = student_of(plain, arm)
+    objective = Objective(arm, student)
+
+    def distilled(inputs: dict[str, torch.Tensor], labels: torch.Tensor, step: int) -> torch.Tensor:
+        return objective(inputs, labels, teacher(**inputs).logits, step)
+
+    train(student, digits, config.epochs, config, seed, distilled)
+    pictures, labels = digits.test
+    logits, _ = logits_and_features(plain, [{"pixel_values": pictures}])
+    teacher_logits, _ = logits_and_features(teacher, [{"pixel_values": pictures}])
+    _, features = logits_and_features(plain, [{"pixel_values": digits.train[0]}])
     return {
         "arm": name,
         "seed": seed,
-        "accuracy": accuracy(exported, digits.test),
-        "teacher": accuracy(teacher, digits.test),
-        "cosines": {where: fmean(found) for where, found in objective.cosines.items() if found},
-        "factor": fmean(objective.factors) if objective.factors else 1.0,
-        "collapse": collapse(exported, digits.train),
+        "accuracy": accuracy(logits, labels),
+        "teacher": accuracy(teacher_logits, labels),
+        "cosines": objective.mean_cosines(),
+        "factor": objective.mean_factor,
+        "collapse": collapse(plain, features, digits.train[1]),
     }
 
 

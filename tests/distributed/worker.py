@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moekit.moe import DropoutTrainer, smoe_layers
+from moekit.distill import DistillTrainer
+from moekit.moe import DropoutTrainer, MoETrainer, smoe_layers
 from moekit.scripts import cli
+from moekit.scripts import distill as distilling
 from moekit.scripts import train as training
 from moekit.scripts.staging import partial_folder
 from torch import Tensor, distributed, nn
@@ -23,8 +25,8 @@ KILLED_AT = 5
 """After so many steps; its hidden folder is the copy of another run's at this moment."""
 
 
-class WatchedTrainer(DropoutTrainer):
-    """Notes k, the routers and the rows of every forward of the training."""
+class Watched(MoETrainer):
+    """Notes k, the routers and the rows of every forward of the training; goes before a Trainer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,9 +35,10 @@ class WatchedTrainer(DropoutTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Note, then compute."""
         if model.training:
-            layers = smoe_layers(self._plain_model).values()
+            plain = self.accelerator.unwrap_model(self.model)
+            layers = smoe_layers(plain).values()
             note = {"step": self.state.global_step, "k": [layer.active_experts for layer in layers]}
-            note |= {"routers": router_digest(self._plain_model), "rows": _digest([inputs["input_ids"]])}
+            note |= {"routers": router_digest(plain), "rows": _digest([inputs["input_ids"]])}
             self.forwards.append(note)
             self._copy_as_if_killed()
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -66,6 +69,14 @@ class WatchedTrainer(DropoutTrainer):
         return found
 
 
+class WatchedDropoutTrainer(Watched, DropoutTrainer):
+    """Of `moekit train`."""
+
+
+class WatchedDistillTrainer(Watched, DistillTrainer):
+    """Of `moekit distill`."""
+
+
 def router_digest(model: Any) -> str:
     """Hash of the bytes of all routers' buffers."""
     return _digest([buffer for layer in smoe_layers(model).values() for buffer in layer.router.buffers()])
@@ -91,7 +102,8 @@ def main() -> int:
         from cpu_fsdp import allow_fsdp_on_cpu  # beside this file, which runs as a script
 
         allow_fsdp_on_cpu()
-    training.DropoutTrainer = WatchedTrainer
+    training.DropoutTrainer = WatchedDropoutTrainer
+    distilling.DistillTrainer = WatchedDistillTrainer
     return cli.main(sys.argv[2:])
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import tyro
 from dropout_report import MISSING, insert_table, markdown
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from quality_report import PALETTE, mean_and_interval
 
 NAME, HEAL = "distill_lm", "distill_heal"
 TEACHER, BASE = "teacher", "labels only"
 ANSWERS = ("tasks", "sentiment", "trec")
+TICKS = {"perplexity": (25, 50, 100, 200, 400, 800), "kl": (0.5, 1, 2, 4)}
 Row = dict[str, Any]
 
 
@@ -94,6 +96,8 @@ def figure(rows: list[Row]) -> Figure:
             axes.plot(found, [place] * len(found), "o", color="0.75", markersize=4)
             axes.errorbar(mean, place, xerr=half, fmt="o", color=PALETTE[0], capsize=3)
         axes.set_xscale("log")
+        axes.set_xticks(TICKS[key], [f"{tick:g}" for tick in TICKS[key]])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.grid(alpha=0.25, axis="x", which="both")
         axes.spines[["top", "right"]].set_visible(False)

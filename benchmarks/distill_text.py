@@ -143,11 +143,7 @@ class Lesson:
         train, test = (
             Sentences.load(config.data / file, tokenizer, config.max_length) for file in FILES[name]
         )
-        kept = None if config.teachers is None else config.teachers / f"{name}.safetensors"
-        heard = load_file(kept) if kept is not None and kept.exists() else taught(train, test, config)
-        if kept is not None and not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            save_file(heard, kept)
+        heard = kept(train, test, config, name)
         unknown = tokenizer.unk_token_id
         ids = torch.cat([train.ids.flatten(), torch.tensor([unknown])]).unique()
         table = torch.full((len(tokenizer),), int(torch.searchsorted(ids, unknown)))
@@ -175,6 +171,20 @@ def taught(train: Sentences, test: Sentences, config: TextConfig) -> dict[str, t
     logits, _ = logits_and_features(teacher, train.in_order())
     heard, _ = logits_and_features(teacher, test.in_order())
     return {"train_logits": logits, "test_accuracy": torch.tensor(accuracy(heard, test.labels))}
+
+
+def kept(train: Sentences, test: Sentences, config: TextConfig, name: str) -> dict[str, torch.Tensor]:
+    """As `taught`, from the folder of teachers where that has one of these settings."""
+    if config.teachers is None:
+        return taught(train, test, config)
+    settings = (config.teacher_epochs, config.teacher_learning_rate, config.batch_size, config.max_length)
+    path = config.teachers / f"{'-'.join(map(str, (name, *settings)))}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        save_file(taught(train, test, config), part)
+        part.rename(path)
+    return load_file(path)
 
 
 @dataclass

@@ -9,7 +9,7 @@ def train_only_routers(model: PreTrainedModel) -> int:
     """Freeze everything but the routers of a model's expert layers.
 
     After experts were pruned, merged or edited the routers no longer know what is behind them. Distilled from
-    the original model (``kl``, no labels), a share of the weights below one in a thousand learns it.
+    the original model (``kl``, no labels) a very small share of the weights learns it.
 
     Args:
         model: With experts.

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distill import DistillationRecipe, GradientAlignment, task_head
-from ..distill.losses import LOSSES
+from ..distill.losses import LOSSES, published_weight
 from ..distill.teacher_cache import CacheSpec
 from ..distill.teacher_cache_build import check_cache_folder
 from ..distill.token_alignment import same_tokenizer
@@ -30,6 +30,8 @@ from .training_job import TrainingJob, TrainingTask, checkpoint_folder, open_tas
 OPTION_OF = {"center": "center", "beta": "beta", "skew": "skew", "top_k": "k"}
 """Options of single losses, by the arguments that they become."""
 DEFAULT_TOP_K = 64
+GENTLER = 20
+"""Of DHKD's published weight, what did language models no harm (`benchmarks/distill_lm.py`)."""
 ALIGNMENT = ("align_at", "align_every", "align_smoothing")
 SECOND_HEAD = ("auxiliary_head", "auxiliary_width")
 
@@ -278,6 +280,11 @@ def _check_student(
     options: DistillOptions, task: TrainingTask, recipe: DistillationRecipe, num_columns: int | None
 ) -> None:
     num_classes = task_head(task.skeleton).num_classes
+    if task.name == "causal-lm" and recipe.loss == "binary-kl-norm" and recipe.weight is None:
+        warn(
+            f"the published weight of --loss {options.loss} was found to harm language models "
+            f"(docs/distill.md); try --weight {published_weight(num_classes, 'sum') / GENTLER:.2g}"
+        )
     _try_loss(options, recipe, num_columns or num_classes)
     if recipe.heads == "dual" and options.auxiliary_head == "copy" and num_columns not in (None, num_classes):
         raise ValueError(

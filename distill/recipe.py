@@ -54,9 +54,8 @@ class DistillationRecipe:
             raise ValueError("heads='dual' with label_weight=0 would leave the task head untrained")
         taken = set(signature(self.method.function).parameters) - NOT_OPTIONS
         if unknown := sorted(set(self.options) - taken):
-            raise ValueError(
-                f"the loss {self.loss!r} takes {', '.join(sorted(taken)) or 'no options'}, not {unknown[0]!r}"
-            )
+            allowed = f"takes {', '.join(sorted(taken))}, not" if taken else "takes no options; leave out"
+            raise ValueError(f"the loss {self.loss!r} {allowed} {unknown[0]!r}")
 
     @property
     def method(self) -> LossMethod:

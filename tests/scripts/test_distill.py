@@ -4,6 +4,7 @@ import json
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,8 +146,8 @@ def test_a_dense_student_of_a_mixture_of_experts(dense, checkpoint, data, tmp_pa
     out = tmp_path / "out"
     assert distill(dense, checkpoint, data, out, *options) == 0
     assert losses(out)[-1] < losses(out)[0]
-    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(info.values())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loaded[1].values())
     assert weights(out).keys() == weights(dense).keys()
     has_two, card = options == ALIGNED, (out / "README.md").read_text(encoding="utf-8")
     assert ("a second head, since dropped" in card) == has_two
@@ -328,6 +329,16 @@ def test_what_can_be_asked_for_works(dense, checkpoint, data, tmp_path, options)
     assert distill(dense, checkpoint, data, out, *options) == 0
     assert losses(out)[-1] < losses(out)[0]
     AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.slow
+def test_noisy_embeddings(dense, checkpoint, data, tmp_path):
+    """Trainer asks the student for its embeddings."""
+    file = tmp_path / "more.json"
+    file.write_text(json.dumps({"neftune_noise_alpha": 5}), encoding="utf-8")
+    for name, more in (("clear", ()), ("noisy", ("--training-arguments", file))):
+        assert distill(dense, checkpoint, data, tmp_path / name, *more) == 0
+    assert changed(tmp_path / "clear", tmp_path / "noisy")
 
 
 @pytest.mark.slow

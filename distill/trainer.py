@@ -141,6 +141,22 @@ class DistillTrainer(MoETrainer):
     def _rows(self, inputs: Mapping[str, Any]) -> ValidRows | None:
         return counted_rows(inputs, is_language_model=self.student.scale is not None)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the micro-batches of a step, and refuse to begin with one in which nothing counts.
+
+        Later steps without a row that counts change nothing.
+
+        Raises:
+            ValueError: All labels of the first step are ignored.
+        """
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.state.global_step == 0 and num_items is not None and batches and not int(num_items):
+            raise ValueError(
+                "in the first step no position counts: every label is ignored, is padding, or has no "
+                "counterpart in the teacher's tokens; look at the data, or give a larger --batch-size"
+            )
+        return batches, num_items
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Count the rows of all micro-batches and processes, by the rule that the loss goes by."""
         counts = []

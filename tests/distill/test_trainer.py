@@ -178,13 +178,32 @@ def test_a_teacher_that_becomes_nan_stops_the_run_before_anything_is_saved(loggi
 
 
 def test_a_batch_without_rows_that_count_changes_nothing(tmp_path):
+    trainer = trainer_for(tmp_path, recipe=KL, max_steps=2, save_strategy="no", lr_scheduler_type="constant")
+    before = {}
+    fetch = trainer.get_batch_samples
+    seen = iter(range(2))
+
+    def fetched(*args, **kwargs):
+        found, count = fetch(*args, **kwargs)
+        if next(seen):
+            before.update(weights(trainer))
+            found[0]["labels"] = torch.full_like(found[0]["labels"], -100)
+            count = trainer._get_num_items_in_batch(found, trainer.args.device)
+        return found, count
+
+    trainer.get_batch_samples = fetched
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    trainer.train()
+    assert trainer.state.log_history[1]["loss"] == 0
+    assert_equal(weights(trainer), before)
+
+
+def test_data_of_which_nothing_counts_are_refused_at_once(tmp_path):
     trainer = trainer_for(tmp_path, recipe=KL, max_steps=1, save_strategy="no")
     for row in trainer.train_dataset:
         row["labels"] = torch.full_like(row["labels"], -100)
-    before = weights(trainer)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == 0
-    assert_equal(weights(trainer), before)
+    with pytest.raises(ValueError, match="no position counts"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("where", ["backbone", "all"])

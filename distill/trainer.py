@@ -81,6 +81,11 @@ class DistillTrainer(MoETrainer):
             raise ValueError(
                 "distillation works on whole heads, which DeepSpeed ZeRO-3 divides; take ZeRO-2 or FSDP2"
             )
+        for name in ("label_smoothing_factor", "torch_compile"):
+            if getattr(self.args, name):
+                raise ValueError(
+                    f"distillation has no use for {name}; leave it out of the training arguments"
+                )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"distillation needs one process for each of {self.args.n_gpu} GPUs: start with torchrun or "

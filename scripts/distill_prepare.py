@@ -70,7 +70,7 @@ def prepare_distillation(options: DistillOptions) -> DistillJob:
     file = read_arguments_file(options.training_arguments)
     source = open_training_source(options.model, allow_compressed=True)
     teacher_source = _open_teacher_files(options)
-    task = open_task(options, source, label_order=partial(_teacher_order, teacher_source))
+    task = open_task(options, source, label_order=partial(_teacher_order, teacher_source, source))
     teacher = _check_teacher(options, teacher_source, task, recipe)
     _check_student(options, task, recipe, teacher.num_columns)
     examples = read_examples(options, task)
@@ -191,14 +191,23 @@ def _open_teacher_files(options: DistillOptions) -> Source:
     return teacher
 
 
-def _teacher_order(teacher: Source, labels: tuple[str, ...]) -> tuple[str, ...]:
+def _label_names(source: Source) -> list[str]:
+    known: Any = source.config.id2label
+    return [str(known[number]) for number in sorted(known)]
+
+
+def _teacher_order(teacher: Source, student: Source, labels: tuple[str, ...]) -> tuple[str, ...]:
     """The labels of the data as the teacher numbers them.
 
     Raises:
-        ValueError: It was trained on others.
+        ValueError: It was trained on others, or the student numbers the same labels otherwise.
     """
-    known: Any = teacher.config.id2label
-    names = [str(known[number]) for number in sorted(known)]
+    names, of_student = _label_names(teacher), _label_names(student)
+    if student.has_weights and of_student != names and set(of_student) == set(names):
+        raise ValueError(
+            f"the student numbers its labels {', '.join(of_student)} and the teacher {', '.join(names)}; "
+            "renumber the rows of one head and its id2label"
+        )
     if set(labels) <= set(names):
         return tuple(names)
     is_unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))

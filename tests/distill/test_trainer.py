@@ -212,6 +212,12 @@ def test_alignment_over_parameters_of_parts_of_a_batch_is_refused(where, tmp_pat
         trainer_for(tmp_path, alignment=GradientAlignment(where=where), gradient_accumulation_steps=2)
 
 
+@pytest.mark.parametrize("given", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}], ids=str)
+def test_arguments_that_would_be_ignored_are_refused(given, tmp_path):
+    with pytest.raises(ValueError, match=f"no use for {next(iter(given))}"):
+        trainer_for(tmp_path, **given)
+
+
 def test_evaluation_is_the_plain_models(tmp_path):
     trainer = trainer_for(tmp_path, max_steps=1, save_strategy="no")
     found = trainer.evaluate(rows_for("llama-lm", 4))

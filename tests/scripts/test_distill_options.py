@@ -199,6 +199,13 @@ def test_a_teacher_of_other_labels(dense, judge, rows, tmp_path, refused, labels
     refused(dense, teacher, rows, *CLASSIFY, says=says)
 
 
+def test_a_student_that_numbers_the_labels_otherwise(judge, rows, tmp_path, refused):
+    model = AutoModelForSequenceClassification.from_pretrained(judge)
+    model.config.id2label = dict(enumerate(reversed(model.config.id2label.values())))
+    student = write_checkpoint(tmp_path / "student", model)
+    refused(student, judge, rows, *CLASSIFY, says="renumber the rows of one head")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -2,33 +2,29 @@
 
 # T tokens, E experts, K active experts, B batch, S sequence
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..moe import expert_layers, load_balance_loss
+from ..moe import ExpertLayer, load_balance_loss
 
 
 @contextmanager
 def collect_expert_load(
-    model: PreTrainedModel, attention_mask: Shaped[Tensor, "B S"] | None
+    layers: Sequence[ExpertLayer], attention_mask: Shaped[Tensor, "B S"] | None
 ) -> Iterator[Callable[[], Float[Tensor, ""]]]:
-    """Listen to all routers of a model.
+    """Listen to the routers of a model.
 
     Args:
-        model: With experts.
+        layers: Its expert layers.
         attention_mask: 0 for padding, whose tokens do not count.
 
     Yields:
         A function that gives the mean over layers of `load_balance_loss`; to be called after the forward.
-
-    Raises:
-        UnsupportedModelError: The model has no experts.
     """
     logits: dict[str, Tensor] = {}
     chosen: dict[str, Tensor] = {}
@@ -38,7 +34,7 @@ def collect_expert_load(
         chosen[name] = ids_TK
 
     with ExitStack() as stack:
-        for layer in expert_layers(model):
+        for layer in layers:
             stack.enter_context(layer.observe_logits(partial(logits.__setitem__, layer.name)))
             stack.enter_context(layer.observe(partial(note_choice, layer.name)))
 

@@ -11,19 +11,18 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..moe import expert_layers
 from .aligned_features import align
 from .dual_head import DualHeadStudent
 from .expert_load import collect_expert_load
 from .fused import cross_entropy, cross_entropy_plus, fused_loss
 from .gradient_alignment import GradientAlignment, parameter_products
-from .head_losses import cross_entropy_mean, distillation_loss
+from .head_losses import NumItems, cross_entropy_mean, distillation_loss
 from .language_head import LogitScale, hidden_states, logit_scale
 from .losses import ValidRows
 from .recipe import DistillationRecipe
 from .task_head import task_head
 from .teachers import Said, TopK
-
-NumItems = int | Int[Tensor, ""]
 
 
 class StudentInTraining(nn.Module):
@@ -35,6 +34,7 @@ class StudentInTraining(nn.Module):
         student: The plain model, or both heads.
         recipe: Which losses.
         alignment: Of the two heads' gradients.
+        head: The task head.
         scale: What becomes of a language model's logits; ``None`` for classifiers.
         num_columns: Tokens that student and teacher share, where the heads are padded.
 
@@ -47,6 +47,7 @@ class StudentInTraining(nn.Module):
     Raises:
         ValueError: Heads that are not the recipe's, or an alignment of one head.
         UnsupportedStudentError: The student's head cannot be read.
+        UnsupportedModelError: The recipe balances experts, and the student has none.
     """
 
     accepts_loss_kwargs = True
@@ -72,6 +73,9 @@ class StudentInTraining(nn.Module):
         self.student, self.recipe, self.alignment = student, recipe, alignment
         self.num_columns = num_columns
         plain = self.plain
+        # Found once: both look through all modules of the model.
+        self.head = task_head(plain)
+        self.layers = expert_layers(plain) if recipe.load_balance else []
         self.scale: LogitScale | None = None
         if plain.get_output_embeddings() is not None:
             self.scale = logit_scale(plain)
@@ -149,10 +153,10 @@ class StudentInTraining(nn.Module):
 
     @contextmanager
     def _expert_load(self, inputs: dict[str, Any]) -> Iterator[Any]:
-        if not self.recipe.load_balance:
+        if not self.layers:
             yield None
             return
-        with collect_expert_load(self.plain, inputs.get("attention_mask")) as load:
+        with collect_expert_load(self.layers, inputs.get("attention_mask")) as load:
             yield load
 
     def _total(self, parts: dict[str, Tensor]) -> Tensor:
@@ -169,7 +173,7 @@ class StudentInTraining(nn.Module):
     def _measured_parameters(self, alignment: GradientAlignment) -> list[nn.Parameter]:
         if alignment.where == "all":
             return list(self.parameters())
-        heads = {id(p) for p in task_head(self.plain).linear.parameters()}
+        heads = {id(p) for p in self.head.linear.parameters()}
         return [p for p in self.plain.parameters() if id(p) not in heads]
 
     def _language_losses(
@@ -177,7 +181,7 @@ class StudentInTraining(nn.Module):
     ) -> dict[str, Tensor]:
         """Of hidden states: no logits but in tiles."""
         assert self.scale is not None
-        recipe, head = self.recipe, task_head(self.plain)
+        recipe, head = self.recipe, self.head
         hidden_ND = rows.pack(hidden_states(self.plain, head, inputs))
         whole = self.scale.head(head.linear)
         labelled: dict[str, Any] = {"labels": rows.labels, "num_items": num_items}

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..moe.checkpoint import save_checkpoint
-from ..moe.trainer import MoETrainer, reload_weights
+from ..moe.trainer import MoETrainer, check_one_gpu, reload_weights
 from .counted import counted_rows
 from .dual_head import HEAD_FILE, SPEC_FILE, DualHeadStudent
 from .losses import ValidRows
@@ -71,7 +70,7 @@ class DistillTrainer(MoETrainer):
     @property
     def student(self) -> StudentInTraining:
         """The model without what wraps it."""
-        found = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        found = self.plain_model
         assert isinstance(found, StudentInTraining)
         return found
 
@@ -86,23 +85,9 @@ class DistillTrainer(MoETrainer):
                 raise ValueError(
                     f"distillation has no use for {name}; leave it out of the training arguments"
                 )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"distillation needs one process for each of {self.args.n_gpu} GPUs: start with torchrun or "
-                "accelerate launch"
-            )
+        check_one_gpu(self.args, "distillation")
         if self.student.alignment is not None:
             check_alignment(self.student.alignment.where, self.args)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, also after an evaluation, which leaves a mark that would make accelerate leave out DDP."""
-        wrapped: Any = self.model_wrapped
-        is_wrapped = any(isinstance(module, DistributedDataParallel) for module in wrapped.modules())
-        if self.args.world_size > 1 and not self._is_divided and not is_wrapped:
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            vars(self.model).pop("_is_accelerate_prepared", None)
-            self.model_wrapped = self.model
-        return super().train(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -231,17 +216,13 @@ class DistillTrainer(MoETrainer):
         """Drop the teacher and, where nothing divides or watches it, the auxiliary head from memory."""
         self.teacher = None
         student = self.student
-        if not isinstance(student.student, DualHeadStudent) or self._is_divided:
+        if not isinstance(student.student, DualHeadStudent) or self.is_divided:
             return
         if self.args.world_size == 1:
             head = list(student.student.auxiliary_head.parameters())
             student.drop_auxiliary_head()
             if self.optimizer is not None:
                 _forget(self.optimizer, head)
-
-    @property
-    def _is_divided(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_finite()
@@ -264,9 +245,9 @@ class DistillTrainer(MoETrainer):
                 if key.startswith(prefix) and key not in tied
             }
         save_checkpoint(student.plain, folder, state_dict=own)
-        if isinstance(student.student, DualHeadStudent) and not self._is_divided:
+        if isinstance(student.student, DualHeadStudent) and not self.is_divided:
             student.student.save_auxiliary_head(folder)
-        if student.alignment is not None and not self._is_divided:
+        if student.alignment is not None and not self.is_divided:
             save_file(student.alignment.state_dict(), folder / ALIGNMENT_FILE)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
@@ -277,7 +258,7 @@ class DistillTrainer(MoETrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_divided:
+        if self.is_divided:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder, student = Path(resume_from_checkpoint), self.student

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -56,6 +57,16 @@ class ExpertSafeCheckpoints(Trainer):
     DeepSpeed have their own kinds of checkpoint and are left to the Trainer.
     """
 
+    @property
+    def plain_model(self) -> Any:
+        """The model without what wraps it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether FSDP or DeepSpeed keeps the state."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if (target := self._reloadable(resume_from_checkpoint, model)) is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -75,12 +86,40 @@ class ExpertSafeCheckpoints(Trainer):
         complete = (folder / CONFIG_NAME).is_file() and any(
             (folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
         )
-        target = self.accelerator.unwrap_model(
-            self.model if model is None else model, keep_torch_compile=False
+        target = (
+            self.plain_model
+            if model is None
+            else self.accelerator.unwrap_model(model, keep_torch_compile=False)
         )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return target if complete and not sharded and isinstance(target, PreTrainedModel) else None
+        return target if complete and not self.is_divided and isinstance(target, PreTrainedModel) else None
 
 
 class MoETrainer(ExpertSafeCheckpoints, Trainer):
     """HF Trainer for models with experts: a resumed run equals an uninterrupted one, bit for bit."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, also after an evaluation, which leaves a mark that would make accelerate leave out DDP."""
+        wrapped: Any = self.model_wrapped
+        is_wrapped = any(isinstance(module, DistributedDataParallel) for module in wrapped.modules())
+        if self.args.world_size > 1 and not self.is_divided and not is_wrapped:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            vars(self.model).pop("_is_accelerate_prepared", None)
+            self.model_wrapped = self.model
+        return super().train(*args, **kwargs)
+
+
+def check_one_gpu(arguments: TrainingArguments, what: str) -> None:
+    """Refuse several GPUs in one process, where a loss would be of a part of the batch.
+
+    Args:
+        arguments: Of the training.
+        what: Begins the message.
+
+    Raises:
+        ValueError: Says how to start.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{what} needs one process for each of {arguments.n_gpu} GPUs: start with torchrun or accelerate "
+            "launch"
+        )

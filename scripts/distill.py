@@ -28,7 +28,7 @@ from .slimming_curve import summarise
 from .train_arguments import check_sharding
 from .train_checkpoints import whole_checkpoints
 from .train_data import row_metrics
-from .train_export import is_sharded, save_beside, save_sharded, verify_saved
+from .train_export import save_beside, save_sharded, verify_saved
 from .train_model import build_model
 from .train_progress import TrainingLines
 from .training_run import carry_out, fit, say
@@ -132,7 +132,7 @@ def _trainer(job: DistillJob, student: StudentInTraining, teacher: Teacher) -> A
 
 def _before(job: DistillJob, trainer: Any, teacher: Teacher, *, is_resumed: bool) -> Measures | None:
     """The student as it came; ``None`` where it has learned nothing yet, or is divided only in training."""
-    if job.start == "scratch" or is_sharded(trainer):
+    if job.start == "scratch" or trainer.is_divided:
         return None
     path = job.folder.parent / BEFORE_FILE
     if is_resumed and path.is_file():
@@ -160,7 +160,7 @@ def _held_out(job: DistillJob, trainer: Any, teacher: Teacher, when: str) -> Mea
 
 def _compares(job: DistillJob, trainer: Any) -> bool:
     is_alike = job.task != "causal-lm" or job.teacher.is_same_reader
-    return job.options.compare and is_alike and not is_sharded(trainer)
+    return job.options.compare and is_alike and not trainer.is_divided
 
 
 def _export(job: DistillJob, trainer: Any, output: Path) -> str:
@@ -169,7 +169,7 @@ def _export(job: DistillJob, trainer: Any, output: Path) -> str:
     Raises:
         VerificationError: What was written is not what was in memory.
     """
-    if is_sharded(trainer):
+    if trainer.is_divided:
         save_sharded(trainer, output)
         save_beside(job, output)
         return type(trainer.student.plain).__name__

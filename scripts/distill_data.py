@@ -4,7 +4,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from ..distill.token_alignment import align_text
-from .train_data import ClassRows, read_picture
+from .train_data import ClassRows, known_inputs, read_picture
 
 TEACHER = "teacher_inputs"
 POSITIONS = "teacher_positions"
@@ -67,15 +66,14 @@ def aligned_text(
 
 
 def same_text(
-    rows: ClassRows, processor: Any, model: PreTrainedModel, max_length: int
+    rows: ClassRows, processor: Any, kind: type[PreTrainedModel], max_length: int
 ) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
     """For a classifier with another tokenizer: the same text in its tokens."""
-    known = signature(type(model).forward).parameters
 
     def add(index: int, row: dict[str, Any]) -> dict[str, Any]:
         example = rows.rows[index]
         tokens = processor(example.text, example.pair, truncation=True, max_length=max_length)
-        return {TEACHER: {key: value for key, value in tokens.items() if key in known}}
+        return {TEACHER: known_inputs(tokens, kind)}
 
     return add
 

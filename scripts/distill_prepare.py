@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distill import DistillationRecipe, GradientAlignment, task_head
-from ..distill.losses import LOSSES, published_weight
+from ..distill.losses import published_weight
 from ..distill.teacher_cache import CacheSpec
 from ..distill.teacher_cache_build import check_cache_folder
 from ..distill.token_alignment import same_tokenizer
@@ -23,6 +22,7 @@ from .distill_options import DistillOptions
 from .distill_teacher import TeacherSource, cache_source
 from .options import flag
 from .train_arguments import read_arguments_file, training_arguments
+from .train_data import known_inputs
 from .train_model import Source, load_processor, open_training_source, prepare_config, training_skeleton
 from .training_checks import check_not_negative, check_positive, check_training_options
 from .training_job import TrainingJob, TrainingTask, checkpoint_folder, open_task, read_examples
@@ -228,7 +228,7 @@ def _check_teacher(
     config: PreTrainedConfig = prepare_config(source, task.name, task.labels, processor)
     skeleton = training_skeleton(config, task.name, source.name)
     ours, theirs = task_head(task.skeleton).num_classes, task_head(skeleton).num_classes
-    is_same_reader = _read_alike(task, processor, skeleton)
+    is_same_reader = _read_alike(task, processor, type(skeleton))
     if task.name != "images" and is_same_reader:
         _check_context(options, task, config)
     if task.name == "causal-lm" and recipe.method.needs_same_vocabulary:
@@ -253,6 +253,7 @@ def _check_teacher(
     return TeacherSource(
         source=source,
         config=config,
+        model_class=type(skeleton),
         task=task.name,
         processor=processor,
         is_same_reader=is_same_reader,
@@ -261,18 +262,18 @@ def _check_teacher(
     )
 
 
-def _read_alike(task: TrainingTask, processor: Any, teacher: PreTrainedModel) -> bool:
+def _read_alike(task: TrainingTask, processor: Any, teacher: type[PreTrainedModel]) -> bool:
     """Whether what the student reads is what the teacher would have read."""
     if task.name == "images":
         return processor.to_dict() == task.processor.to_dict()
-    if task.name != "classification" or not same_tokenizer(task.processor, processor):
-        return same_tokenizer(task.processor, processor)
-    found = []
-    for tokenizer, model in ((task.processor, task.skeleton), (processor, teacher)):
-        known = signature(type(model).forward).parameters
-        tokens = tokenizer(["a", "a b"], ["b", "b"], padding=True)
-        found.append({key: value for key, value in tokens.items() if key in known})
-    return found[0] == found[1]
+    is_same = same_tokenizer(task.processor, processor)
+    if task.name != "classification" or not is_same:
+        return is_same
+    ours, theirs = (
+        known_inputs(tokenizer(["a", "a b"], ["b", "b"], padding=True), kind)
+        for tokenizer, kind in ((task.processor, type(task.skeleton)), (processor, teacher))
+    )
+    return ours == theirs
 
 
 def _check_context(options: DistillOptions, task: TrainingTask, teacher: PreTrainedConfig) -> None:
@@ -314,8 +315,7 @@ def _rows(rows: Any, options: DistillOptions, task: TrainingTask, teacher: Teach
     if task.name == "causal-lm":
         longest = 2 * length if context is None else min(2 * length, context)
         return DistillRows(rows, aligned_text(task.processor, teacher.processor, longest))
-    skeleton = training_skeleton(teacher.config, task.name, teacher.source.name)
-    return DistillRows(rows, same_text(rows, teacher.processor, skeleton, length))
+    return DistillRows(rows, same_text(rows, teacher.processor, teacher.model_class, length))
 
 
 def _cache(
@@ -336,11 +336,7 @@ def _cache(
     is_language_model, kind = task.name == "causal-lm", options.cache_kind
     if kind == "auto":
         kind = (
-            "logits"
-            if not is_language_model
-            else "hidden"
-            if LOSSES[recipe.loss].needs_full_teacher
-            else "top-k"
+            "logits" if not is_language_model else "hidden" if recipe.method.needs_full_teacher else "top-k"
         )
     if (kind == "logits") == is_language_model:
         fits = "hidden or top-k" if is_language_model else "logits"

@@ -30,6 +30,7 @@ class TeacherSource:
 
     source: Source
     config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
     task: str
     processor: Any
     """Tokenizer or image processor."""

@@ -157,11 +157,10 @@ def _make_trainer(job: TrainJob, model: PreTrainedModel) -> Any:
 
 
 def _measure(job: TrainJob, trainer: Any) -> SlimmingCurve:
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     twin: Any = None
-    if not is_sharded:
+    if not trainer.is_divided:
         trainer.model.to(job.arguments.device)
-    if not is_sharded and job.schedule is not None:
+    if not trainer.is_divided and job.schedule is not None:
         twin = empty_twin(job.config, job.task)
         twin.to(job.arguments.device)
     fewest = max((layer.min_active_experts for layer in smoe_layers(trainer.model).values()), default=1)

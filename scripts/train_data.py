@@ -5,8 +5,9 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -168,15 +169,11 @@ def class_examples(
     pictures = train[0].picture is not None
     max_length = None if pictures else sequence_length(options.seq_len, model.config)
 
-    known = signature(type(model).forward).parameters
     padding = DataCollatorWithPadding(processor) if not pictures else None
 
     def read_text(row: LabelledRow) -> dict[str, Any]:
         tokens = processor(row.text, row.pair, truncation=True, max_length=max_length)
-        return {
-            **{key: value for key, value in tokens.items() if key in known},
-            "labels": number_of[row.label],
-        }
+        return {**known_inputs(tokens, type(model)), "labels": number_of[row.label]}
 
     def read_pixels(row: LabelledRow) -> dict[str, Any]:
         return {"pixel_values": read_picture(processor, row), "labels": number_of[row.label]}
@@ -212,7 +209,6 @@ def tag_examples(
         )
     number_of = {label: number for number, label in enumerate(labels)}
     max_length = sequence_length(options.seq_len, model.config)
-    known = signature(type(model).forward).parameters
     padding = DataCollatorForTokenClassification(processor)
 
     def read(row: TaggedRow) -> dict[str, Any]:
@@ -222,7 +218,7 @@ def tag_examples(
             IGNORED if word in (None, before) else number_of[row.tags[word]]
             for before, word in zip([None, *words], words, strict=False)
         ]
-        return {**{key: value for key, value in tokens.items() if key in known}, "labels": found}
+        return {**known_inputs(tokens, type(model)), "labels": found}
 
     facts = json.dumps([[row.words, row.tags] for row in (*train, *held_out)])
     return Examples(
@@ -232,6 +228,17 @@ def tag_examples(
         fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
         unit="tokens",
     )
+
+
+def known_inputs(tokens: Mapping[str, Any], kind: type[PreTrainedModel]) -> dict[str, Any]:
+    """Of what a tokenizer gives, that which models of a class take."""
+    known = _parameters(kind)
+    return {key: value for key, value in tokens.items() if key in known}
+
+
+@cache
+def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(signature(kind.forward).parameters)
 
 
 def read_picture(processor: Any, row: LabelledRow) -> Tensor:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from ..moe import ActiveExpertsCallback, save_checkpoint, smoe_layers, to_dense, to_stock
@@ -39,7 +38,7 @@ def check_export(job: TrainJob, trainer: Any, model: PreTrainedModel) -> None:
     Raises:
         ValueError: The form cannot be had of this model, or not of one in parts on several processes.
     """
-    if is_sharded(trainer):
+    if trainer.is_divided:
         if job.schedule is not None and job.form != "moekit":
             raise ValueError(
                 f"--form {job.form} needs the whole model in one process; train with --form moekit and "
@@ -71,7 +70,7 @@ def export(job: TrainJob, trainer: Any, output: Path) -> Exported:
     Raises:
         VerificationError: What was written is not what was in memory.
     """
-    if is_sharded(trainer):
+    if trainer.is_divided:
         model_class = save_sharded(trainer, output)
         save_beside(job, output)
         return Exported(model_class)
@@ -91,11 +90,6 @@ def export(job: TrainJob, trainer: Any, output: Path) -> Exported:
         verify_saved(model, output)
         save_beside(job, output)
     return Exported(type(model).__name__, metrics, () if caveat is None else (caveat,))
-
-
-def is_sharded(trainer: Any) -> bool:
-    """Whether each process has a part of the model."""
-    return trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def save_sharded(trainer: Any, output: Path) -> str:

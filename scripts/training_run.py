@@ -95,11 +95,10 @@ def fit(job: TrainingJob, trainer: Any, checkpoints: list[Path]) -> None:
         trainer: A `Trainer`, which has its state of the last step afterwards.
         checkpoints: What `whole_checkpoints` found, the last first.
     """
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     finished = bool(checkpoints) and TrainerState.load_from_json(
         str(checkpoints[0] / TRAINER_STATE_NAME)
     ).global_step >= _total_steps(trainer)
-    if finished and is_sharded:
+    if finished and trainer.is_divided:
         # Trainer would take another step, and only its own loop can load what is sharded.
         checkpoints, finished = checkpoints[1:], False
     if not checkpoints:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..trainer import MoETrainer
+from ..trainer import MoETrainer, check_one_gpu
 from .balance import load_balance_loss
 from .build import smoe_layers
 from .observe import RoutedTokens, observe_routers
@@ -43,20 +43,13 @@ class DropoutTrainer(MoETrainer):
             if not 0 <= factor < float("inf"):
                 raise ValueError(f"{name}={factor} is not a finite number of at least 0")
         super().__init__(*args, **kwargs)
-        routers: list[Any] = [layer.router for layer in smoe_layers(self._plain_model).values()]
+        routers: list[Any] = [layer.router for layer in smoe_layers(self.plain_model).values()]
         kinds = {router.kind for router in routers}
         self.load_balance = load_balance if "learned" in kinds else 0.0
         self.consistency = consistency
         self.is_thor = "thor" in kinds
-        if self.args.n_gpu > 1 and (self.is_thor or self.load_balance):
-            raise ValueError(
-                f"the loss of {' and '.join(sorted(kinds))} routers needs one process for each of "
-                f"{self.args.n_gpu} GPUs: start with torchrun or accelerate launch"
-            )
-
-    @property
-    def _plain_model(self) -> Any:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.is_thor or self.load_balance:
+            check_one_gpu(self.args, f"the loss of {' and '.join(sorted(kinds))} routers")
 
     def compute_loss(
         self,
@@ -111,7 +104,7 @@ class DropoutTrainer(MoETrainer):
                 )
             routings.append((routed.router_logits, routed.expert_ids, routed.counted))
 
-        with observe_routers(self._plain_model, add):
+        with observe_routers(self.plain_model, add):
             yield routings
 
     def _divergence(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from moekit.distill import AuxiliaryHeadSpec, DualHeadStudent, GradientAlignment, alignment_factor
 from moekit.distill.aligned_features import align
-from moekit.distill.gradient_alignment import feature_products
+from moekit.distill.gradient_alignment import feature_products, parameter_products
 from moekit.distill.language_head import logit_scale
 from moekit.distill.losses import LOSSES, masked_mean, valid_rows, valid_tokens
 from moekit.distill.recipe import DistillationRecipe
@@ -131,6 +131,10 @@ def test_an_aligned_student_measures_its_factor(name, where):
     assert student.alignment is not None
     assert student.alignment.measured == 1
     assert student.alignment.factor >= 1
+    if where == "all":
+        task, distilled = dense(student, recipe, inputs, labels, rows, teacher)
+        wanted = alignment_factor(*parameter_products(task, distilled, list(student.parameters())))
+        torch.testing.assert_close(student.alignment.factor, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_lagging_alignment_takes_what_the_step_before_said():

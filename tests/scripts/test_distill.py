@@ -39,7 +39,7 @@ from .tiny_distillation import (
     write_pictures,
     write_vit,
 )
-from .tiny_training import tiny_bert, tiny_llama, write_config, write_dense, write_rows
+from .tiny_training import tiny_bert, tiny_llama, write_config, write_dense
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,6 @@ def compressed(checkpoint, data, tmp_path_factory) -> Path:
     given = ("--data", data, "--out", out, "--ratio", 0.5, "--form", "moekit", "--no-report")
     assert cli.main(["compress", str(checkpoint), *TEXT_OPTIONS, *map(str, given)]) == 0
     return out
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -18,31 +18,16 @@ from moekit.scripts.staging import partial_folder
 from transformers import AutoModelForSequenceClassification
 
 from .tiny_checkpoints import VOCABULARY, tiny_qwen, write_checkpoint
-from .tiny_distillation import CLASSIFY, FOREIGN, distill, tiny_judge, write_foreign
-from .tiny_training import tiny_llama, write_config, write_dense, write_rows
+from .tiny_distillation import CLASSIFY, FOREIGN, distill, write_foreign
+from .tiny_training import tiny_llama, write_config, write_dense
 
 CACHE = ("--cache", "cache")
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
-    return write_dense(tmp_path_factory.mktemp("dense") / "llama")
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
     """A teacher with another tokenizer."""
     return write_foreign(tmp_path_factory.mktemp("foreign") / "moe", tiny_qwen(vocab_size=FOREIGN))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def judge(rows, tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("judge") / "bert", tiny_judge(rows, ("salad", "sums")))
 
 
 @pytest.fixture

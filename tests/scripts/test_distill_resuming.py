@@ -10,7 +10,6 @@ from moekit.scripts.distill_teacher import TeacherSource
 from moekit.scripts.staging import partial_folder
 from safetensors.torch import load_file
 
-from .tiny_checkpoints import write_checkpoint
 from .tiny_distillation import (
     ALIGNED,
     CLASSIFY,
@@ -18,29 +17,13 @@ from .tiny_distillation import (
     distill,
     distill_killed,
     losses,
-    tiny_judge,
 )
-from .tiny_training import KilledError, tiny_bert, write_dense, write_rows
+from .tiny_training import KilledError, tiny_bert, write_dense
 
 SAVED = ("--save-steps", 1)
 ACCUMULATED = (*ALIGNED, *SAVED, "--gradient-accumulation", 2)
 IN_TWO_PHASES = (*ALIGNED, *SAVED, "--stop-epoch", 0.1, "--steps", 6)
 """A step of 103 blocks is a 26th of an epoch: the teacher goes after the third."""
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
-    return write_dense(tmp_path_factory.mktemp("dense") / "llama")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def judge(rows, tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("judge") / "bert", tiny_judge(rows, ("salad", "sums")))
 
 
 @pytest.fixture(scope="module")

@@ -43,11 +43,6 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
-    return write_dense(tmp_path_factory.mktemp("dense") / "llama")
-
-
-@pytest.fixture(scope="module")
 def scratch(config, data, tmp_path_factory) -> Path:
     """A full run from scratch, kept for all tests that look at one."""
     out = tmp_path_factory.mktemp("scratch") / "small"

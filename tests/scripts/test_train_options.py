@@ -1,6 +1,5 @@
 import json
 import typing
-from pathlib import Path
 
 import pytest
 from accelerate.utils import DistributedType
@@ -11,12 +10,7 @@ from moekit.scripts.options import TrainOptions
 from moekit.scripts.train_prepare import default_eval_experts
 from moekit.scripts.train_rows import label_names, read_labelled_rows
 
-from .tiny_training import train, write_config, write_dense, write_rows
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
-    return write_dense(tmp_path_factory.mktemp("dense") / "llama")
+from .tiny_training import train, write_config, write_rows
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def job(form: Any) -> TrainJob:
 def trainer(kind: DistributedType, zero: dict[str, Any] | None = None) -> Any:
     plugin = None if zero is None else SimpleNamespace(deepspeed_config={"zero_optimization": zero})
     state = SimpleNamespace(deepspeed_plugin=plugin)
-    return SimpleNamespace(accelerator=SimpleNamespace(distributed_type=kind, state=state))
+    is_divided = kind in (FSDP, DEEPSPEED)  # as Trainer's of that kind say
+    return SimpleNamespace(accelerator=SimpleNamespace(state=state), is_divided=is_divided)
 
 
 @pytest.mark.parametrize("form", ["stock", "dense"])

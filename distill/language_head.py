@@ -22,6 +22,10 @@ RELATIVE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-4}
 COARSE = 3e-2
 
 
+class NonFiniteLogitsError(ValueError):
+    """A model says NaN or infinity."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogitScale:
     """What a model does to ``W h + b``: ``c tanh(a (W h + b) / c)``."""
@@ -40,6 +44,7 @@ def logit_scale(model: PreTrainedModel) -> LogitScale:
     """Find what a language model does to the output of its head, by running a few tokens through it.
 
     Raises:
+        NonFiniteLogitsError: It says NaN or infinity, so there is nothing to find.
         UnsupportedStudentError: Something else than a factor and a softcap.
     """
     head = task_head(model)
@@ -56,6 +61,11 @@ def logit_scale(model: PreTrainedModel) -> LogitScale:
             f"{type(model).__name__} does not make its logits of one call of its head"
         )
     product = raw[0].double()
+    if not (torch.isfinite(product).all() and torch.isfinite(logits).all()):
+        raise NonFiniteLogitsError(
+            f"{type(model).__name__} says NaN or infinity in {raw[0].dtype}; load it in another dtype, or take "
+            "another checkpoint"
+        )
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     uncapped = logits
     if softcap is not None:

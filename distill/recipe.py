@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .fused import OBJECTIVES, Objective
-from .losses import LOSSES, LossMethod, published_weight
+from .fused import OBJECTIVES, Objective, by_rows
+from .losses import LOSSES, LossMethod, cached_top_k_kl, published_weight
 
 HEADS = ("single", "dual")
 
@@ -72,10 +72,27 @@ class DistillationRecipe:
         """L of logits: one value for each row."""
         return partial(self.method.function, **self.arguments)
 
-    def objective(self) -> Objective | None:
-        """L of hidden states and heads, where there is such a form."""
-        build = OBJECTIVES.get(self.loss)
-        return None if build is None else build(**self.arguments)
+    def likeliest_loss(self) -> Callable[..., Tensor]:
+        """L of logits and a teacher's likeliest tokens, for ``top-k-kl``: one value for each row."""
+        arguments = {name: value for name, value in self.arguments.items() if name != "k"}
+        return partial(cached_top_k_kl, **arguments)
+
+    def objective(self, *, by_likeliest: bool = False) -> Objective:
+        """L of hidden states and heads.
+
+        Args:
+            by_likeliest: Whether the teacher is known by its likeliest tokens alone.
+        """
+        if by_likeliest:
+            return by_rows(self.likeliest_loss(), compares_columns=False, needs_ids=True)
+        if (build := OBJECTIVES.get(self.loss)) is not None:
+            return build(**self.arguments)
+        method = self.method
+        return by_rows(
+            self.rows_loss(),
+            needs_labels=method.needs_labels,
+            compares_columns=method.needs_same_vocabulary,
+        )
 
     def weight_for(self, num_classes: int) -> float:
         """a, for a teacher of so many classes."""

@@ -15,9 +15,9 @@ from ..moe import expert_layers
 from .aligned_features import align
 from .dual_head import DualHeadStudent
 from .expert_load import collect_expert_load
-from .fused import cross_entropy, cross_entropy_plus, fused_loss
+from .fused import TeacherStates, cross_entropy, cross_entropy_plus, fused_loss
 from .gradient_alignment import GradientAlignment, parameter_products
-from .head_losses import NumItems, cross_entropy_mean, distillation_loss
+from .head_losses import NumItems, cross_entropy_mean, distillation_loss, label_measures
 from .language_head import LogitScale, hidden_states, logit_scale
 from .losses import ValidRows
 from .recipe import DistillationRecipe
@@ -28,7 +28,7 @@ from .teachers import Said, TopK
 class StudentInTraining(nn.Module):
     """A student whose forward gives losses, made where its weights are whole whatever shards them.
 
-    A language model's logits are never made in training: both heads work on the rows that count, in tiles.
+    A language model's logits are never made but in tiles, of the rows that count.
 
     Attributes:
         student: The plain model, or both heads.
@@ -123,25 +123,29 @@ class StudentInTraining(nn.Module):
         rows: ValidRows | None = None,
         said: Said | None = None,
         num_items: NumItems | None = None,
+        taught: ValidRows | None = None,
+        num_taught: NumItems | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the losses; or logits, if there are no labels.
+        """Compute the losses; or, if there are no labels, how the plain model does.
 
         Args:
             inputs: The plain model's.
             labels: Of the rows that count.
             rows: Where they are; ``None`` where each example is one.
             said: What the teacher says of them; without it the labels' loss is all.
-            num_items: What sums over rows are divided by; their number by default.
+            num_items: What the labels' sum over rows is divided by; their number by default.
+            taught: Those of a language model's rows that `said` is about; all by default.
+            num_taught: What their sum is divided by, given `taught`; their number by default.
 
         Returns:
-            ``loss``, and ``task`` and ``distillation`` where they were computed apart, all weighted; or
-            ``logits``.
+            ``loss``, and ``task`` and ``distillation`` where they were computed apart, all weighted. Without
+            labels a language model's ``measures`` of `rows`, see `label_measures`; otherwise ``logits``.
         """
         if labels is None:
-            return {"logits": self.plain(**inputs).logits}
+            return self._unlabelled(inputs, rows)
         with self._expert_load(inputs) as load:
             parts = (
-                self._language_losses(inputs, rows, said, num_items)
+                self._language_losses(inputs, rows, said, num_items, taught, num_taught)
                 if self.scale is not None and rows is not None
                 else self._class_losses(inputs, labels, rows, said, num_items)
             )
@@ -150,6 +154,13 @@ class StudentInTraining(nn.Module):
         if load is not None:
             parts["expert_load"] = load()
         return parts
+
+    def _unlabelled(self, inputs: dict[str, Any], rows: ValidRows | None) -> dict[str, Tensor]:
+        if self.scale is None or rows is None:
+            return {"logits": self.plain(**inputs).logits}
+        hidden_ND = rows.pack(hidden_states(self.plain, self.head, inputs))
+        states = TeacherStates(hidden_ND, self.scale.head(self.head.linear))
+        return {"measures": label_measures(states, rows.labels)}
 
     @contextmanager
     def _expert_load(self, inputs: dict[str, Any]) -> Iterator[Any]:
@@ -177,37 +188,43 @@ class StudentInTraining(nn.Module):
         return [p for p in self.plain.parameters() if id(p) not in heads]
 
     def _language_losses(
-        self, inputs: dict[str, Any], rows: ValidRows, said: Said | None, num_items: NumItems | None
+        self,
+        inputs: dict[str, Any],
+        rows: ValidRows,
+        said: Said | None,
+        num_items: NumItems | None,
+        taught: ValidRows | None,
+        num_taught: NumItems | None,
     ) -> dict[str, Tensor]:
         """Of hidden states: no logits but in tiles."""
         assert self.scale is not None
-        recipe, head = self.recipe, self.head
-        hidden_ND = rows.pack(hidden_states(self.plain, head, inputs))
-        whole = self.scale.head(head.linear)
-        labelled: dict[str, Any] = {"labels": rows.labels, "num_items": num_items}
+        recipe, linear = self.recipe, self.head.linear
+        hidden_ND = rows.pack(hidden_states(self.plain, self.head, inputs))
+        whole = self.scale.head(linear)
         weight = recipe.weight_for(self.num_columns or whole.width)
-        if isinstance(self.student, DualHeadStudent):
-            task_ND, distilled_ND = self._split(hidden_ND, said)
-            parts = {"task": fused_loss(task_ND, whole, cross_entropy(), **labelled) * recipe.label_weight}
-            if said is not None:
-                states_NR, linear = self.student.auxiliary_parts(distilled_ND)
-                second = self.scale.head(linear, self.num_columns)
-                found = distillation_loss(recipe, states_NR, second, said, rows.labels, num_items)
-                parts["distillation"] = found * weight
-            return parts
-        if said is None:
-            return {"task": fused_loss(hidden_ND, whole, cross_entropy(), **labelled) * recipe.label_weight}
-        objective = recipe.objective()
-        is_one_sweep = objective is not None and self.num_columns in (None, whole.width)
-        if is_one_sweep and objective is not None and recipe.label_weight and not isinstance(said, TopK):
+        labelled: dict[str, Any] = {"labels": rows.labels, "num_items": num_items}
+        is_dual = isinstance(self.student, DualHeadStudent)
+        is_of_all = taught is None and self.num_columns in (None, whole.width)
+        if said is not None and recipe.label_weight and is_of_all and not is_dual:
+            objective = recipe.objective(by_likeliest=isinstance(said, TopK))
             both = cross_entropy_plus(objective, weight, label_weight=recipe.label_weight)
             return {"loss": fused_loss(hidden_ND, whole, both, teacher=said, **labelled)}
-        shared = self.scale.head(head.linear, self.num_columns)
-        found = distillation_loss(recipe, hidden_ND, shared, said, rows.labels, num_items) * weight
-        if not recipe.label_weight:
-            return {"loss": found}
-        task = fused_loss(hidden_ND, whole, cross_entropy(), **labelled) * recipe.label_weight
-        return {"task": task, "distillation": found}
+        task_ND, distilled_ND = self._split(hidden_ND, said) if is_dual else (hidden_ND, hidden_ND)
+        parts: dict[str, Tensor] = {}
+        if recipe.label_weight or said is None:
+            parts["task"] = fused_loss(task_ND, whole, cross_entropy(), **labelled) * recipe.label_weight
+        if said is None:
+            return parts
+        if taught is None:
+            taught, num_taught = rows, num_items
+        else:
+            distilled_ND = distilled_ND.index_select(0, rows.indices(taught))
+        if isinstance(self.student, DualHeadStudent):
+            distilled_ND, linear = self.student.auxiliary_parts(distilled_ND)
+        head = self.scale.head(linear, self.num_columns)
+        found = distillation_loss(recipe, distilled_ND, head, said, taught.labels, num_taught)
+        parts["distillation" if parts else "loss"] = found * weight
+        return parts
 
     def _class_losses(
         self,

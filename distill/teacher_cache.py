@@ -27,6 +27,7 @@ from .teacher_cache_format import (
     CacheSpec,
     Shard,
     check_index,
+    check_rows,
     check_shard,
     read_head,
     shard_name,
@@ -54,11 +55,12 @@ class TeacherCache:
         self._offsets = [shard.offsets for shard in shards]
         self._layout = shards[0].layout
         self._handles: OrderedDict[int, Any] = OrderedDict()
+        self._checked: set[int] = set()
         self._process = os.getpid()
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], spec: CacheSpec) -> "TeacherCache":
-        """Check the cache of a folder: every header against its file, its offsets and the spec.
+        """Check the cache of a folder: the head, and every header against its file, its offsets and the spec.
 
         Args:
             folder: What `build_cache` filled.
@@ -93,13 +95,17 @@ class TeacherCache:
         return cls(folder, spec, shards, head)
 
     def read(self, examples: Int[Tensor, " B"]) -> CachedRows:
-        """Read the rows of some examples, in their order; only these are read from the disk.
+        """Read the rows of some examples, in their order; only these come into memory.
+
+        The first time that a shard is needed it is read whole, to compare it with its checksum
+        (`check_rows`). All together that costs each process one reading of the cache, from the disk or from
+        what the system keeps of it in memory.
 
         Args:
             examples: Numbers of examples, in any order and also twice.
 
         Raises:
-            ValueError: There is no such example.
+            ValueError: There is no such example, or its shard does not hold what was written.
         """
         numbers = examples.tolist()
         if wrong := [number for number in numbers if not 0 <= number < self.spec.num_examples]:
@@ -132,6 +138,9 @@ class TeacherCache:
         if self._process != os.getpid():  # forked: the parent's handles stay the parent's
             self._handles, self._process = OrderedDict(), os.getpid()
         if shard not in self._handles:
+            if shard not in self._checked:
+                check_rows(self.folder, shard)
+                self._checked.add(shard)
             file = self.folder / shard_name(shard)
             self._handles[shard] = safe_open(file, framework="pt", device="cpu")
             if len(self._handles) > MAX_OPEN_SHARDS:

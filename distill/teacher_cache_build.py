@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +29,7 @@ from .teacher_cache_format import (
     CacheSpec,
     Layout,
     check_index,
+    check_rows,
     check_shard,
     head_metadata,
     index_text,
@@ -35,6 +37,7 @@ from .teacher_cache_format import (
     shard_metadata,
     shard_name,
 )
+from .teacher_cache_lock import LOCK_FILE, one_build
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +54,14 @@ def build_cache(
     head: Head | None = None,
     process_index: int = 0,
     num_processes: int = 1,
+    barrier: Callable[[], object] | None = None,
     progress: Callable[[int], object] | None = None,
-    wait_seconds: float = 600.0,
+    wait_seconds: float = 60.0,
 ) -> None:
     """Compute the shards that are not there yet, and write each whole or not at all.
 
     Process p of n makes shards p, p + n, ... It returns when its own are there: wait for all processes before
-    you open the cache. A later build may have another n.
+    you open the cache. A later build may have another n, but not before all processes of this one are gone.
 
     Args:
         folder: New, empty, or with an unfinished cache of the same spec.
@@ -66,35 +70,43 @@ def build_cache(
         head: The teacher's, for hidden states only.
         process_index: p. Process 0 also writes the index and the head.
         num_processes: n.
+        barrier: Called once, returns when all processes have called it; needed for n > 1.
         progress: Called with the number of examples of each own shard once it is there.
-        wait_seconds: How long the others wait for process 0 to begin.
+        wait_seconds: How long a network disk may take to show the others what process 0 has written.
 
     Raises:
-        ValueError: An argument does not fit; the folder holds another cache, or anything else; the teacher
-            says NaN or infinity, or something of another shape or type than the spec or the shards before.
+        ValueError: An argument does not fit; the folder holds another cache, or anything else; another build
+            is running there; the teacher says NaN or infinity, or something of another shape or type than the
+            spec or the shards before.
         OSError: A file cannot be written.
     """
     folder = Path(folder)
     if not 0 <= process_index < num_processes:
         raise ValueError(f"process_index={process_index} is not between 0 and num_processes={num_processes}")
+    if barrier is None and num_processes > 1:
+        raise ValueError(f"num_processes={num_processes} needs a barrier, at which all processes meet")
     if (head is not None) != (spec.kind == "hidden"):
         raise ValueError(f"kind={spec.kind!r} needs {'a' if head is None else 'no'} head")
+    begin, meet = None, barrier or (lambda: None)
     if process_index == 0:
-        _begin(folder, spec, head)
+        check_cache_folder(folder, spec)
+        folder.mkdir(parents=True, exist_ok=True)
+        begin = partial(_begin, folder, spec, head)
     else:
+        meet()
         _wait_for(folder / INDEX_FILE, wait_seconds)
-        _names(folder)
+    with one_build(folder, begin, meet):
         check_index(folder, spec)
-    if head is not None:
-        _wait_for(folder / HEAD_FILE, wait_seconds)
-        _check_same_head(read_head(folder, spec), head, folder)
-    shards = range(process_index, spec.num_shards, num_processes)
-    _remove_partials(folder, {shard_name(shard) for shard in shards})
-    layout: Layout | None = None
-    for shard in shards:
-        layout = _ensure_shard(folder, spec, shard, compute, head, layout)
-        if progress is not None:
-            progress(len(spec.examples(shard)))
+        if head is not None:
+            _wait_for(folder / HEAD_FILE, wait_seconds)
+            _check_same_head(read_head(folder, spec), head, folder)
+        shards = range(process_index, spec.num_shards, num_processes)
+        _remove_partials(folder, {shard_name(shard) for shard in shards})
+        layout: Layout | None = None
+        for shard in shards:
+            layout = _ensure_shard(folder, spec, shard, compute, head, layout)
+            if progress is not None:
+                progress(len(spec.examples(shard)))
 
 
 def check_cache_folder(folder: Path, spec: CacheSpec) -> None:
@@ -119,8 +131,7 @@ def check_cache_folder(folder: Path, spec: CacheSpec) -> None:
 
 def _begin(folder: Path, spec: CacheSpec, head: Head | None) -> None:
     """Write index and head, or check the index of an earlier build."""
-    check_cache_folder(folder, spec)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_cache_folder(folder, spec)  # again: another build may have begun before this one had the lock
     _remove_partials(folder, {INDEX_FILE, HEAD_FILE})
     if not (folder / INDEX_FILE).exists():
         with _placed(folder / INDEX_FILE) as file:
@@ -135,7 +146,7 @@ def _begin(folder: Path, spec: CacheSpec, head: Head | None) -> None:
         for name, tensor in tensors.items():
             if not math.isfinite(tensor.sum(dtype=torch.float64).item()):  # without a mask of its size
                 raise ValueError(f"the {name} of the teacher's head holds NaN or infinity") from None
-        _save(folder / HEAD_FILE, tensors, head_metadata(spec, head))
+        _save(folder / HEAD_FILE, tensors, head_metadata(spec, head, tensors))
 
 
 def _names(folder: Path) -> list[str]:
@@ -143,9 +154,10 @@ def _names(folder: Path) -> list[str]:
     names = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if re.fullmatch(OWN_FILE, entry.name) and entry.is_file(follow_symlinks=False):
+            is_file = entry.is_file(follow_symlinks=False)
+            if re.fullmatch(OWN_FILE, entry.name) and is_file:
                 names.append(entry.name)
-            elif not re.fullmatch(OWN_PARTIAL, entry.name):
+            elif not re.fullmatch(OWN_PARTIAL, entry.name) and not (entry.name == LOCK_FILE and is_file):
                 raise ValueError(
                     f"'{folder}' holds {entry.name!r}, which is no file of a teacher cache; choose another "
                     "folder, or move it away"
@@ -154,13 +166,13 @@ def _names(folder: Path) -> list[str]:
 
 
 def _wait_for(file: Path, seconds: float) -> None:
-    """Wait until process 0 has written a file."""
+    """Wait until a file of process 0 can be seen."""
     end = time.monotonic() + seconds
     while not file.exists():
         if time.monotonic() > end:
             raise ValueError(
-                f"process 0 has not written '{file}' within {seconds:g} seconds; start all processes at "
-                "once, with the same folder"
+                f"process 0 has written '{file}', which this process does not see after {seconds:g} seconds; "
+                "give a folder that all of them share"
             )
         time.sleep(0.05)
 
@@ -200,7 +212,7 @@ def _ensure_shard(
             "it as before, or choose another folder"
         )
     if tensors is not None:
-        _save(folder / shard_name(shard), tensors, shard_metadata(spec, shard))
+        _save(folder / shard_name(shard), tensors, shard_metadata(spec, shard, tensors))
     return layout
 
 
@@ -210,10 +222,12 @@ def _found_layout(folder: Path, spec: CacheSpec, shard: int) -> Layout | None:
     if not file.exists():
         return None
     try:
-        return check_shard(folder, spec, shard).layout
+        layout = check_shard(folder, spec, shard).layout
+        check_rows(folder, shard)
     except ValueError as error:
         logger.warning("%s (now computed again)", error)
         return None
+    return layout
 
 
 def _checked(said: CachedRows, spec: CacheSpec, examples: range, head: Head | None) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@
 - ``shard-00007.safetensors``: the packed rows of ``shard_examples`` examples, and ``offsets`` into them.
 
 Each safetensors file names the spec that it belongs to, so that no file of another cache is taken for one of
-this. Names come from here and never from a file.
+this, and has a CRC-32 of its tensors, so that no damaged one is taken for a whole one. Names come from here
+and never from a file.
 """
 
 # n examples of a shard, N rows that count, V vocabulary, D hidden width, K kept tokens, C classes
@@ -13,6 +14,7 @@ this. Names come from here and never from a file.
 import hashlib
 import json
 import reprlib
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -28,13 +30,16 @@ from .fused import Head
 from .losses.checks import check_choice
 
 FORMAT = "moekit.teacher-cache"
-VERSION = 1
+VERSION = 2
 
 INDEX_FILE = "index.json"
 HEAD_FILE = "head.safetensors"
 METADATA_KEY = "teacher_cache"  # one entry only: safetensors writes several in any order
 MAX_INDEX_BYTES = 2**20
 MAX_WIDTH = 2**31  # a matrix without rows may claim any
+MAX_SHARD_BYTES = 2**27
+MAX_SHARD_EXAMPLES = 512
+"""What a killed build has to compute again at most."""
 
 TENSORS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden",),
@@ -73,8 +78,8 @@ class CacheSpec:
     """Tokens kept of each row, for ``top-k`` only."""
     dtype: str = "auto"
     """Of the stored floats: ``bfloat16``, ``float32``, or ``auto`` for the teacher's own."""
-    shard_examples: int = 512
-    """Examples of a shard; the last may have fewer."""
+    shard_examples: int = MAX_SHARD_EXAMPLES
+    """Examples of a shard, which is made in memory; the last may have fewer. See `examples_per_shard`."""
 
     def __post_init__(self) -> None:
         """Check everything."""
@@ -132,25 +137,43 @@ class Shard:
     num_bytes: int
 
 
+def examples_per_shard(example_bytes: int) -> int:
+    """As many examples as stay within `MAX_SHARD_BYTES` and `MAX_SHARD_EXAMPLES`; at least one.
+
+    Args:
+        example_bytes: The most that the rows of one example can take.
+    """
+    return max(1, min(MAX_SHARD_EXAMPLES, MAX_SHARD_BYTES // example_bytes))
+
+
 def shard_name(shard: int) -> str:
     """The name of a shard's file."""
     return f"shard-{shard:05d}.safetensors"
 
 
-def shard_metadata(spec: CacheSpec, shard: int) -> dict[str, str]:
+def shard_metadata(spec: CacheSpec, shard: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """What a shard says of itself."""
-    return _metadata({"spec": spec.digest, "shard": shard})
+    return _metadata({"spec": spec.digest, "shard": shard}, tensors)
 
 
-def head_metadata(spec: CacheSpec, head: Head) -> dict[str, str]:
+def head_metadata(spec: CacheSpec, head: Head, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """What the file of the head says beside its tensors."""
     softcap = None if head.softcap is None else float(head.softcap)
     scalars = {"softcap": softcap, "scale": float(head.scale), "num_columns": head.num_columns}
-    return _metadata({"spec": spec.digest, **scalars})
+    return _metadata({"spec": spec.digest, **scalars}, tensors)
 
 
-def _metadata(entries: dict[str, Any]) -> dict[str, str]:
-    return {METADATA_KEY: json.dumps({"format": FORMAT, "version": VERSION, **entries})}
+def _metadata(entries: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    facts = {"format": FORMAT, "version": VERSION, **entries, "checksum": checksum(tensors)}
+    return {METADATA_KEY: json.dumps(facts)}
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the bytes of contiguous tensors on the CPU, in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].view(torch.uint8).numpy(), value)
+    return value
 
 
 def index_text(spec: CacheSpec) -> str:
@@ -190,13 +213,16 @@ def check_index(folder: Path, spec: CacheSpec) -> None:
 def check_shard(folder: Path, spec: CacheSpec, shard: int) -> Shard:
     """Read a shard's header and offsets, and check that they fit each other, the file and the spec.
 
+    The rows are not read; see `check_rows`.
+
     Raises:
         ValueError: The file is missing, truncated or damaged, or belongs to another cache.
     """
     file = folder / shard_name(shard)
     num_examples = len(spec.examples(shard))
     with _opened(file) as opened:
-        if opened.metadata() != shard_metadata(spec, shard):
+        header = _header(opened)
+        if (header.get("spec"), header.get("shard")) != (spec.digest, shard):
             raise ValueError("it is not this shard of this cache")
         names = TENSORS[spec.kind]
         _check_names(opened, {*names, "offsets"})
@@ -209,6 +235,24 @@ def check_shard(folder: Path, spec: CacheSpec, shard: int) -> Shard:
             raise ValueError("its offsets do not rise from 0")
         layout = {name: _check_matrix(opened, name, int(offsets[-1]), spec) for name in names}
         return Shard(offsets, layout, file.stat().st_size)
+
+
+def check_rows(folder: Path, shard: int) -> None:
+    """Compare a shard's tensors with the checksum that was written with them.
+
+    Reads the whole shard (`examples_per_shard` bounds it), about a gigabyte in a second from memory, and
+    keeps nothing of it.
+
+    Raises:
+        ValueError: They differ.
+    """
+    with _opened(folder / shard_name(shard)) as opened:
+        _check_sum(_header(opened), {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+
+
+def _check_sum(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    if header.get("checksum") != checksum(tensors):
+        raise ValueError("its checksum is wrong: it does not hold what was written")
 
 
 def _check_matrix(opened: Any, name: str, num_rows: int, spec: CacheSpec) -> tuple[torch.dtype, int]:
@@ -235,7 +279,7 @@ def read_head(folder: Path, spec: CacheSpec) -> Head:
         ValueError: It is missing, damaged, or belongs to another cache.
     """
     with _opened(folder / HEAD_FILE) as opened:
-        header = _parse((opened.metadata() or {}).get(METADATA_KEY, ""))
+        header = _header(opened)
         if header.get("spec") != spec.digest:
             raise ValueError("it is not the head of this cache")
         softcap, scale, num_columns = (header.get(key) for key in ("softcap", "scale", "num_columns"))
@@ -248,8 +292,12 @@ def read_head(folder: Path, spec: CacheSpec) -> Head:
         for name in opened.keys():  # noqa: SIM118
             if opened.get_slice(name).get_dtype() not in FLOATS:
                 raise ValueError(f"its {name} is not made of floating-point numbers")
-        weight, bias = opened.get_tensor("weight"), opened.get_tensor("bias") if has_bias else None
-        return Head(weight=weight, bias=bias, softcap=softcap, scale=scale, num_columns=num_columns)
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        _check_sum(header, tensors)
+        bias = tensors.get("bias")
+        return Head(
+            weight=tensors["weight"], bias=bias, softcap=softcap, scale=scale, num_columns=num_columns
+        )
 
 
 @contextmanager
@@ -263,14 +311,22 @@ def _opened(file: Path) -> Iterator[Any]:
             yield opened
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"'{file}' is no whole part of a teacher cache: {error}; give the same command again to build "
-            "it anew, or choose another folder"
+            f"'{file}' is no whole part of a teacher cache: {error}; remove it and give the same command "
+            "again to build it anew, or choose another folder"
         ) from error
 
 
 def _check_plain(file: Path) -> None:
     if file.is_symlink() or not file.is_file():
         raise ValueError("it is a link, or no file; nothing outside the folder is read")
+
+
+def _header(opened: Any) -> dict[str, Any]:
+    """What a file says of itself."""
+    metadata = opened.metadata() or {}
+    if METADATA_KEY not in metadata:
+        raise ValueError("it does not say to which cache it belongs")
+    return _parse(metadata[METADATA_KEY])
 
 
 def _check_names(opened: Any, expected: set[str]) -> None:

@@ -1,28 +1,18 @@
 """What a teacher says of the rows that count."""
 
-# B batch, S sequence, N rows that count, C classes, K kept tokens
+# B batch, S sequence, N rows that count, C classes
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .fused import Head, TeacherStates
-from .language_head import hidden_states, logit_scale
+from .fused import Head, TeacherStates, TopK
+from .language_head import NonFiniteLogitsError, hidden_states, logit_scale
 from .losses import ValidRows
 from .task_head import task_head
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TopK:
-    """The likeliest tokens of each row."""
-
-    log_probs: Float[Tensor, "N K"]
-    ids: Int[Tensor, "N K"]
 
 
 Said = Tensor | TeacherStates | TopK
@@ -31,6 +21,12 @@ Said = Tensor | TeacherStates | TopK
 
 class NonFiniteTeacherError(ValueError):
     """The teacher says NaN or infinity."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the teacher says NaN or infinity; load it in another dtype (--teacher-dtype float32), or take "
+            "another teacher"
+        )
 
 
 @runtime_checkable
@@ -58,6 +54,7 @@ class ModelTeacher:
 
     Raises:
         UnsupportedStudentError: The model has no head that could be read.
+        NonFiniteTeacherError: A few tokens already make a language model say NaN or infinity.
     """
 
     def __init__(self, model: PreTrainedModel, *, num_columns: int | None = None) -> None:
@@ -66,7 +63,11 @@ class ModelTeacher:
         self.is_language_model = model.get_output_embeddings() is not None
         self.head: Head | None = None
         if self.is_language_model:
-            self.head = logit_scale(model).head(self.task_head.linear, num_columns)
+            try:
+                scale = logit_scale(model)
+            except NonFiniteLogitsError as error:
+                raise NonFiniteTeacherError from error
+            self.head = scale.head(self.task_head.linear, num_columns)
         self.is_checked = False
 
     def says(self, batch: Mapping[str, Any], rows: ValidRows | None) -> Tensor | TeacherStates:
@@ -106,10 +107,7 @@ def check_said(answer: Tensor) -> None:
         NonFiniteTeacherError: There is some.
     """
     if not torch.isfinite(answer).all():
-        raise NonFiniteTeacherError(
-            "the teacher says NaN or infinity; load it in another dtype (--teacher-dtype float32), or take "
-            "another teacher"
-        )
+        raise NonFiniteTeacherError
 
 
 def _pack(states_BUD: Tensor, rows: ValidRows, positions_BS: Tensor | None) -> Tensor:

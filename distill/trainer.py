@@ -14,9 +14,9 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..moe.checkpoint import save_checkpoint
 from ..moe.trainer import MoETrainer, check_one_gpu, reload_weights
-from .counted import counted_rows
+from .counted import TEACHER_POSITIONS, counted_rows, labelled_rows
 from .dual_head import HEAD_FILE, SPEC_FILE, DualHeadStudent
-from .losses import ValidRows
+from .losses import ValidRows, masked_mean
 from .student import StudentInTraining
 from .teachers import Teacher, model_inputs
 
@@ -33,7 +33,8 @@ class DistillTrainer(MoETrainer):
 
     Data are rows of the student's inputs with ``labels``, as any Trainer's; ``row``, the number of the
     example, for a teacher cache; ``teacher_inputs`` where the teacher reads other inputs. The loss is the
-    recipe's, over the rows of all micro-batches and processes that count.
+    recipe's, over the rows of all micro-batches and processes that count. Evaluation is the plain model's: of
+    a language model it gives no logits but, for each example, the sums of `label_measures`.
 
     Args:
         *args: As for Trainer; the model is a `StudentInTraining`.
@@ -63,6 +64,7 @@ class DistillTrainer(MoETrainer):
         self.stop_epoch = stop_epoch
         self.sums: dict[str, Tensor] = {}
         self.num_batches = self.num_steps = 0
+        self.num_taught: Tensor | None = None
         self.is_finite: Tensor | None = None
         self.add_callback(_StepEnd(self))
         self._check()
@@ -104,8 +106,17 @@ class DistillTrainer(MoETrainer):
         student = self.student
         if student.alignment is not None:
             student.alignment.begin_step(self.state.global_step, self.current_gradient_accumulation_steps)
-        said = None if self.teacher is None else self.teacher.says(inputs, rows)
-        parts = model(model_inputs(inputs), labels=labels, rows=rows, said=said, num_items=num_items_in_batch)
+        taught = self._taught(inputs)
+        said = None if self.teacher is None else self.teacher.says(inputs, rows if taught is None else taught)
+        parts = model(
+            model_inputs(inputs),
+            labels=labels,
+            rows=rows,
+            said=said,
+            num_items=num_items_in_batch,
+            taught=taught,
+            num_taught=None if num_items_in_batch is None else self.num_taught,
+        )
         loss = parts["loss"]
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
@@ -123,12 +134,23 @@ class DistillTrainer(MoETrainer):
         rows: ValidRows | None,
         return_outputs: bool,
     ) -> Any:
-        outputs = model(model_inputs(inputs))
-        logits = outputs["logits"] if rows is None else rows.pack(outputs["logits"])
-        loss = nn.functional.cross_entropy(logits.float(), labels_N)
+        outputs = model(model_inputs(inputs), rows=rows)
+        if rows is not None and "measures" in outputs:
+            found_N3 = outputs["measures"]
+            loss = masked_mean(found_N3[:, 0])
+            outputs = {"measures": rows.sum_by_example(found_N3)}
+        else:
+            logits = outputs["logits"] if rows is None else rows.pack(outputs["logits"])
+            loss = nn.functional.cross_entropy(logits.float(), labels_N)
         return (loss, outputs) if return_outputs else loss
 
     def _rows(self, inputs: Mapping[str, Any]) -> ValidRows | None:
+        return labelled_rows(inputs, is_language_model=self.student.scale is not None)
+
+    def _taught(self, inputs: Mapping[str, Any]) -> ValidRows | None:
+        """Those of the rows that a teacher with another tokenizer has too; ``None`` for all."""
+        if TEACHER_POSITIONS not in inputs:
+            return None
         return counted_rows(inputs, is_language_model=self.student.scale is not None)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +162,8 @@ class DistillTrainer(MoETrainer):
             ValueError: All labels of the first step are ignored.
         """
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if self.state.global_step == 0 and num_items is not None and batches and not int(num_items):
+        count = num_items if self.teacher is None else self.num_taught
+        if self.state.global_step == 0 and num_items is not None and batches and not int(count):
             raise ValueError(
                 "in the first step no position counts: every label is ignored, is padding, or has no "
                 "counterpart in the teacher's tokens; look at the data, or give a larger --batch-size"
@@ -148,15 +171,20 @@ class DistillTrainer(MoETrainer):
         return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Count the rows of all micro-batches and processes, by the rule that the loss goes by."""
+        """Count the rows of all micro-batches and processes, by the rule that the loss goes by.
+
+        Those that the teacher has are noted beside.
+        """
         counts = []
         for batch in batch_samples:
-            rows = self._rows(batch)
-            counts.append(len(batch["labels"]) if rows is None else len(rows))
-        total = torch.tensor(sum(counts), device=device)
+            rows, taught = self._rows(batch), self._taught(batch)
+            count = len(batch["labels"]) if rows is None else len(rows)
+            counts.append([count, count if taught is None else len(taught)])
+        total: Any = torch.tensor(counts, dtype=torch.long, device=device).view(-1, 2).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            return self.accelerator.reduce(total)  # pyright: ignore[reportReturnType]
-        return total
+            total = self.accelerator.reduce(total)
+        num_items, self.num_taught = total.unbind()
+        return num_items
 
     def _note(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
         """Add up what will be logged, without waiting for the device."""

@@ -12,16 +12,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .batch import PolicyBatch
-from .rollout import Prompt, Request
+from .rollout import Request
 
 Reduction = Literal["token-mean", "sequence-mean", "fixed-length", "token-sum"]
 """How token losses become one number, over a mini-batch of all processes (see `reduction.py`)."""
 Need = Literal[
     "old-pass", "entropy-gradient", "mean-vocab-logprobs", "demonstrations", "rehearsal", "reference"
 ]
-"""What a trainer has to provide: statistics before the update even if there is one update only, entropies that carry
-gradient, the vocabulary mean, demonstrations in the data, stored completions of the initial policy, its log-probs."""
+"""What a trainer has to provide: statistics before the update even if there is one update only, entropies that
+carry gradient, the vocabulary mean, demonstrations in the data, stored completions of the initial policy, its
+log-probs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +83,11 @@ class SelectionInputs:
 
 
 RolloutShaper = Callable[..., Sequence[Request]]
-"""``(prompt, num_generations, tokenizer, *, settings)``: what is asked of the policy for one prompt; the samples of
-all requests form its group."""
+"""``(prompt, num_generations, tokenizer, *, settings)``: what is asked of the policy for one prompt; the samples
+of all requests form its group."""
 Advantage = Callable[..., Tensor]
-"""``(batch, context, *, settings)``: ``[B]``, or ``[B, L]`` with token weights folded in; of whole groups, without
-gradient. NaN rewards get 0."""
+"""``(batch, context, *, settings)``: ``[B]``, or ``[B, L]`` with token weights folded in; of whole groups,
+without gradient. NaN rewards get 0."""
 PolicyLoss = Callable[..., TokenLoss]
 """``(now, batch, context, *, settings)``: a loss for each token of a micro-batch; ``batch.advantages`` and
 ``batch.old_logprobs`` are set."""

@@ -119,7 +119,8 @@ def _trainer(job: DistillJob, student: StudentInTraining, teacher: Teacher) -> A
         eval_dataset=job.examples.held_out,
         data_collator=job.collate,
         processing_class=job.processor,
-        preprocess_logits_for_metrics=partial(row_metrics, shift=job.task == "causal-lm"),
+        # Of language models the trainer gives the same sums itself, without logits.
+        preprocess_logits_for_metrics=None if job.task == "causal-lm" else partial(row_metrics, shift=False),
         compute_metrics=lambda found: summarise(found.predictions),
         callbacks=[TrainingLines()],
         teacher=teacher,

@@ -1,8 +1,8 @@
 """How near a student has come to its teacher, on held-out examples."""
 
-# N rows that count, C classes
+# N rows that count, C classes; R rows of a tile
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,16 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..distill import task_head
 from ..distill.counted import counted_rows
-from ..distill.losses import kl
+from ..distill.fused import TeacherStates
+from ..distill.head_losses import TILE_ROWS, logit_tiles
+from ..distill.language_head import hidden_states, logit_scale
+from ..distill.losses import ValidRows, kl
 from ..distill.teachers import model_inputs
 from ..moe.evaluating import evaluating
 
 NUM_SUMS = 7
-ROWS = 512
-"""Rows whose log-probabilities exist at a time."""
 
 Measures = dict[str, float | int]
 """By name; see `Agreement`."""
@@ -60,37 +62,49 @@ def agreement(
         shows_progress: Whether to.
     """
     total = torch.zeros(NUM_SUMS, dtype=torch.float64)
+    of_teacher, of_student = (
+        _answers(model, num_columns, is_language_model=is_language_model) for model in (teacher, student)
+    )
     with evaluating(teacher), evaluating(student):
         for batch in tqdm(batches, "comparing with the teacher", disable=not shows_progress, unit="batch"):
             rows = counted_rows(batch, is_language_model=is_language_model)
             labels = batch["labels"] if rows is None else rows.labels
-            theirs = teacher(**_on(teacher, batch.get("teacher_inputs") or model_inputs(batch))).logits
-            ours = student(**_on(student, model_inputs(batch))).logits
-            if rows is not None:
-                theirs, ours = rows.pack(theirs), rows.pack(ours)
-            total += _sums(theirs[:, :num_columns], ours[:, :num_columns].to(theirs.device), labels)
+            theirs = of_teacher(batch.get("teacher_inputs") or model_inputs(batch), rows)
+            total += _sums(theirs, of_student(model_inputs(batch), rows), labels)
     count, *sums = total.tolist()
     means = [value / max(count, 1) for value in sums]
     return Agreement(int(count), *means)
 
 
+def _answers(
+    model: PreTrainedModel, num_columns: int | None, *, is_language_model: bool
+) -> Callable[[dict[str, Any], ValidRows | None], Tensor | TeacherStates]:
+    """What a model says of the rows of a batch: logits, or a language model's hidden states with its head."""
+    head = task_head(model)
+    of_states = logit_scale(model).head(head.linear, num_columns) if is_language_model else None
+
+    def answer(inputs: dict[str, Any], rows: ValidRows | None) -> Tensor | TeacherStates:
+        inputs = {key: value.to(model.device) for key, value in inputs.items()}
+        if of_states is not None and rows is not None:
+            return TeacherStates(rows.pack(hidden_states(model, head, inputs)), of_states)
+        logits = model(**inputs).logits
+        return (logits if rows is None else rows.pack(logits))[:, :num_columns]
+
+    return answer
+
+
 def _sums(
-    theirs_NC: Float[Tensor, "N C"], ours_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, " N"]
+    theirs: Tensor | TeacherStates, ours: Tensor | TeacherStates, labels_N: Int[Tensor, " N"]
 ) -> Float[Tensor, " 7"]:
     """The sums of which `Agreement` has the means, in its order; a few rows at a time."""
     total = torch.zeros(NUM_SUMS, dtype=torch.float64)
-    for start in range(0, len(labels_N), ROWS):
-        some = slice(start, start + ROWS)
-        teacher, student = theirs_NC[some].float(), ours_NC[some].float()
-        labels = labels_N[some].to(teacher.device)
+    tiles = zip(logit_tiles(theirs), logit_tiles(ours), labels_N.split(TILE_ROWS), strict=True)
+    for teacher, student, labels in tiles:
+        student, labels = student.to(teacher.device), labels.to(teacher.device)
         answers = teacher.argmax(-1)
         columns = [torch.ones_like(labels)]
         for logits in (student, teacher):
             columns += [cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels]
         columns += [kl(student, teacher), answers == student.argmax(-1)]
-        total += torch.stack([column.double().cpu() for column in columns]).sum(1)
+        total += torch.stack([column.double() for column in columns]).sum(1).cpu()
     return total
-
-
-def _on(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.to(model.device) for key, value in inputs.items()}

@@ -103,4 +103,4 @@ class DistillOptions(TrainingOptions, StudentOptions):
     command = "distill"
     model: Student
     """Folder or hub id of the student, or, to begin from scratch, a config.json or a folder without
-    weights."""
+    weights. Without a tokenizer or image processor beside it, it takes the teacher's."""

@@ -19,13 +19,13 @@ from .calibrate import context_length, sequence_length
 from .console import warn
 from .distill_data import DistillRows, aligned_text, collator, same_picture, same_text
 from .distill_options import DistillOptions
-from .distill_teacher import TeacherSource, cache_source
+from .distill_teacher import TeacherSource, cache_source, shard_examples
 from .options import flag
-from .train_arguments import read_arguments_file, training_arguments
+from .train_arguments import read_arguments_file
 from .train_data import known_inputs
 from .train_model import Source, load_processor, open_training_source, prepare_config, training_skeleton
 from .training_checks import check_not_negative, check_positive, check_training_options
-from .training_job import TrainingJob, TrainingTask, checkpoint_folder, open_task, read_examples
+from .training_job import TrainingJob, TrainingTask, common_fields, open_task, read_examples
 
 OPTION_OF = {"center": "center", "beta": "beta", "skew": "skew", "top_k": "k"}
 """Options of single losses, by the arguments that they become."""
@@ -70,32 +70,28 @@ def prepare_distillation(options: DistillOptions) -> DistillJob:
     file = read_arguments_file(options.training_arguments)
     source = open_training_source(options.model, allow_compressed=True)
     teacher_source = _open_teacher_files(options)
-    task = open_task(options, source, label_order=partial(_teacher_order, teacher_source, source))
+    task = open_task(
+        options,
+        source,
+        label_order=partial(_teacher_order, teacher_source, source),
+        processor_of=options.teacher_tokenizer or options.teacher,
+    )
     teacher = _check_teacher(options, teacher_source, task, recipe)
     _check_student(options, task, recipe, teacher.num_columns)
     examples = read_examples(options, task)
     train, held_out = (_rows(part, options, task, teacher) for part in (examples.train, examples.held_out))
-    assert options.out is not None
     start = "load" if source.has_weights else "scratch"
-    arguments = training_arguments(options, checkpoint_folder(options.out), start, file)
+    common = common_fields(options, source, task, examples, start=start, file=file)
     if options.align_gradients:
-        check_alignment(options.align_at, arguments)
+        check_alignment(options.align_at, common["arguments"])
     return DistillJob(
-        options=options,
-        source=source,
-        config=task.config,
-        task=task.name,
-        start=start,
-        processor=task.processor,
-        examples=examples,
-        labels=task.labels,
-        arguments=arguments,
+        **common,
         teacher=teacher,
         recipe=recipe,
         train_rows=train,
         held_out_rows=held_out,
         collate=collator(examples.collator, None if teacher.is_same_reader else teacher.processor),
-        cache=_cache(options, task, teacher, recipe, examples.fingerprint, len(train)),
+        cache=_cache(options, task, teacher, recipe, examples.train_fingerprint, len(train)),
     )
 
 
@@ -167,9 +163,9 @@ def _check_options(options: DistillOptions, recipe: DistillationRecipe) -> None:
 
 
 def _try_loss(options: DistillOptions, recipe: DistillationRecipe, num_classes: int) -> None:
-    """Compute the loss of two rows of zeros, to hear early what its arguments may not be."""
-    logits = torch.zeros(2, num_classes)
-    labelled = {"labels_N": torch.zeros(2, dtype=torch.long)} if recipe.method.needs_labels else {}
+    """Compute the loss of no rows where nothing is computed, to hear early what its arguments may not be."""
+    logits = torch.empty(0, num_classes, device="meta")
+    labelled = {"labels_N": torch.empty(0, dtype=torch.long)} if recipe.method.needs_labels else {}
     try:
         recipe.rows_loss()(logits, logits, **labelled)
         recipe.objective()
@@ -191,25 +187,25 @@ def _open_teacher_files(options: DistillOptions) -> Source:
     return teacher
 
 
-def _label_names(source: Source) -> list[str]:
-    known: Any = source.config.id2label
-    return [str(known[number]) for number in sorted(known)]
-
-
 def _teacher_order(teacher: Source, student: Source, labels: tuple[str, ...]) -> tuple[str, ...]:
     """The labels of the data as the teacher numbers them.
 
     Raises:
         ValueError: It was trained on others, or the student numbers the same labels otherwise.
     """
-    names, of_student = _label_names(teacher), _label_names(student)
+    names, of_student = teacher.labels, student.labels
     if student.has_weights and of_student != names and set(of_student) == set(names):
         raise ValueError(
             f"the student numbers its labels {', '.join(of_student)} and the teacher {', '.join(names)}; "
             "renumber the rows of one head and its id2label"
         )
     if set(labels) <= set(names):
-        return tuple(names)
+        if len(labels) < len(names):
+            warn(
+                f"the data have {len(labels)} labels and '{teacher.name}' knows {len(names)}, so the student "
+                f"gets {len(names)} classes; see that the {len(labels)} mean the same to both"
+            )
+        return names
     is_unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
     if is_unnamed and len(names) == len(labels):
         warn(f"'{teacher.name}' does not name its {len(names)} labels; taken for {', '.join(labels)}")
@@ -245,8 +241,8 @@ def _check_teacher(
             )
     elif task.name == "token-classification" and not is_same_reader:
         raise ValueError(
-            "student and teacher have different tokenizers, which --task token-classification cannot align; "
-            "take a teacher with the student's tokenizer"
+            "student and teacher have different tokenizers, or add other special tokens, which --task "
+            "token-classification cannot align; take a teacher with the student's tokenizer"
         )
     elif task.name != "causal-lm" and ours != theirs:
         raise ValueError(f"the student has {ours} classes and the teacher {theirs}; they must be the same")
@@ -258,6 +254,7 @@ def _check_teacher(
         processor=processor,
         is_same_reader=is_same_reader,
         num_columns=min(ours, theirs) if is_same_reader and ours != theirs else None,
+        num_features=task_head(skeleton).num_features,
         dtype=options.teacher_dtype,
     )
 
@@ -267,8 +264,13 @@ def _read_alike(task: TrainingTask, processor: Any, teacher: type[PreTrainedMode
     if task.name == "images":
         return processor.to_dict() == task.processor.to_dict()
     is_same = same_tokenizer(task.processor, processor)
-    if task.name != "classification" or not is_same:
+    if task.name == "causal-lm" or not is_same:
         return is_same
+    if task.name == "token-classification":  # what they add around the words
+        ours, theirs = (
+            tokenizer([["a", "b"]], is_split_into_words=True) for tokenizer in (task.processor, processor)
+        )
+        return ours["input_ids"] == theirs["input_ids"]
     ours, theirs = (
         known_inputs(tokenizer(["a", "a b"], ["b", "b"], padding=True), kind)
         for tokenizer, kind in ((task.processor, type(task.skeleton)), (processor, teacher))
@@ -344,12 +346,16 @@ def _cache(
     length = None
     if task.name != "images":
         length = sequence_length(options.seq_len, (task if teacher.is_same_reader else teacher).config)
+    top_k = options.top_k or DEFAULT_TOP_K
+    is_whole = task.name in ("classification", "images")
+    num_rows = 1 if is_whole else sequence_length(options.seq_len, task.config)
     spec = CacheSpec(
         kind=kind,
         num_examples=num_examples,
         source=cache_source(teacher, data, length),
-        top_k=(options.top_k or DEFAULT_TOP_K) if kind == "top-k" else None,
+        top_k=top_k if kind == "top-k" else None,
         dtype=options.cache_dtype,
+        shard_examples=shard_examples(teacher, kind, top_k, num_rows),
     )
     folder = Path(options.cache).expanduser()
     _check_apart(folder, options)

@@ -8,11 +8,19 @@ from typing import Any
 from rich.table import Table
 
 from ..moe.checkpoint import METHOD
+from .checkpoint_files import content_fingerprint
 from .console import millions, table
 from .distill_figure import PICTURE_FILE, draw_history
 from .distill_measure import Measures
 from .distill_prepare import DistillJob
-from .training_record import ModelCard, TrainingRun, made_by, write_model_card, write_run_file
+from .training_record import (
+    ModelCard,
+    TrainingRun,
+    made_by,
+    model_name,
+    write_model_card,
+    write_run_file,
+)
 
 SHOWN = {
     "cross_entropy": ("cross-entropy, nats", "{:.4f}"),
@@ -65,17 +73,18 @@ def summary_table(run: DistillRun) -> Table:
 
 def write_distill_records(run: DistillRun, folder: Path) -> None:
     """Write everything beside the model."""
-    job, recipe = run.job, run.job.recipe
+    job, recipe, cache = run.job, run.job.recipe, run.job.cache
     alignment = job.alignment()
     training = {
         "teacher": job.options.teacher,
+        "teacher_fingerprint": content_fingerprint(job.teacher.source.folder),
         "loss": job.options.loss,
         "heads": recipe.heads,
         "loss_arguments": recipe.arguments,
         "weight": recipe.weight_for(_num_classes(run)),
         "label_weight": recipe.label_weight,
         "aligned_at": None if alignment is None else alignment.where,
-        "cache": None if job.cache is None else job.cache.kind,
+        "cache": None if cache is None else {"kind": cache.kind, "fingerprint": cache.digest},
         "parameters": run.parameters,
         "trained_parameters": run.trained_parameters,
     }
@@ -106,7 +115,7 @@ def _card(run: DistillRun, *, has_picture: bool) -> ModelCard:
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
     return ModelCard(
         tags=("moekit", "distillation"),
-        title="distilled",
+        title=f"distilled from {model_name(options.teacher or '')}",
         summary=summary,
         numbers="\n".join(lines),
         picture=f"![loss over steps]({PICTURE_FILE})" if has_picture else "",

@@ -1,6 +1,5 @@
 """The teacher of `moekit distill`: its files, its model, and the cache of what it says."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,15 @@ from ..distill.counted import counted_rows
 from ..distill.head_losses import likeliest
 from ..distill.losses import ValidRows
 from ..distill.teacher_cache import CachedRows, CacheSpec, TeacherCache, build_cache
+from ..distill.teacher_cache_format import examples_per_shard
 from ..distill.teachers import ModelTeacher, Said, TopK
 from .checkpoint_files import content_fingerprint
 from .console import is_interactive
+from .train_data import processor_fingerprint
 from .train_model import Source, load_trained
 
-BUILD_BATCH = 8
-"""Examples that the teacher reads at a time while a cache is built."""
+FLOAT_BYTES = 4
+"""The most that a number of a cache takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class TeacherSource:
     """Whether it reads what the student reads."""
     num_columns: int | None
     """Tokens that both know, where either head is padded."""
+    num_features: int
+    """Width of what its head reads."""
     dtype: str
 
     def load(self, device: torch.device) -> PreTrainedModel:
@@ -59,20 +62,30 @@ def cache_source(teacher: TeacherSource, data: str, max_length: int | None) -> d
 
     Args:
         teacher: Who answers.
-        data: Fingerprint of the examples.
+        data: Fingerprint of the examples to train on.
         max_length: Tokens to which they are cut.
     """
-    processor = teacher.processor
-    backend = getattr(processor, "backend_tokenizer", None)
-    text = repr(processor) if backend is None else backend.to_str()
     return {
         "model": content_fingerprint(teacher.source.folder),
-        "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
+        "tokenizer": processor_fingerprint(teacher.processor),
         "data": data,
         "length": str(max_length),
         "columns": str(teacher.num_columns),
         "dtype": teacher.dtype,
     }
+
+
+def shard_examples(teacher: TeacherSource, kind: str, top_k: int, num_rows: int) -> int:
+    """How many examples a shard has that is held in memory while it is made.
+
+    Args:
+        teacher: Who answers.
+        kind: Of the cache.
+        top_k: Tokens kept, for ``top-k``.
+        num_rows: The most that an example can have.
+    """
+    widths = {"hidden": teacher.num_features, "top-k": 2 * top_k, "logits": teacher.config.num_labels}
+    return examples_per_shard(FLOAT_BYTES * num_rows * widths[kind])
 
 
 def open_cache(
@@ -86,12 +99,19 @@ def open_cache(
     """Open the cache; build what it lacks first, each process its part.
 
     Raises:
-        ValueError: The folder holds another cache, or anything else.
+        ValueError: The folder holds another cache, or anything else, or another build is running there.
     """
     state: Any = arguments.distributed_state
-    device = arguments.device
-    if not _is_whole(folder, spec):
+    device, barrier = arguments.device, (lambda: None) if state is None else state.wait_for_everyone
+    is_whole = _is_whole(folder, spec)
+    barrier()  # all have to see the same, before any begins to build
+    if not is_whole:
         answer = teacher.in_memory(device)
+
+        def batches_of(examples: range) -> Any:
+            size = arguments.per_device_eval_batch_size
+            return DataLoader(Subset(rows, examples), batch_size=size, collate_fn=collate)
+
         shown = is_interactive() and arguments.process_index == 0
         with tqdm(
             total=spec.num_examples, desc="asking the teacher", unit="example", disable=not shown
@@ -99,14 +119,14 @@ def open_cache(
             build_cache(
                 folder,
                 spec,
-                lambda examples: _ask(answer, spec, rows, collate, examples, device),
+                lambda examples: _ask(answer, spec, batches_of(examples), device),
                 head=answer.head if spec.kind == "hidden" else None,
                 process_index=arguments.process_index,
                 num_processes=arguments.world_size,
+                barrier=barrier,
                 progress=bar.update,
             )
-    if state is not None:
-        state.wait_for_everyone()
+    barrier()
     return CachedTeacher(TeacherCache.open(folder, spec), device)
 
 
@@ -118,13 +138,10 @@ def _is_whole(folder: Path, spec: CacheSpec) -> bool:
     return True
 
 
-def _ask(
-    teacher: ModelTeacher, spec: CacheSpec, rows: Any, collate: Any, examples: range, device: torch.device
-) -> CachedRows:
+def _ask(teacher: ModelTeacher, spec: CacheSpec, batches: Any, device: torch.device) -> CachedRows:
     """The teacher's answers on the examples of a shard."""
-    loader: Any = DataLoader(Subset(rows, examples), batch_size=BUILD_BATCH, collate_fn=collate)
     counts, answers = [], []
-    for batch in loader:
+    for batch in batches:
         moved = _moved(batch, device)
         counted = counted_rows(moved, is_language_model=teacher.is_language_model)
         said = teacher.says(moved, counted)

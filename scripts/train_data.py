@@ -5,7 +5,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -70,8 +70,11 @@ class Examples:
     train: Any
     held_out: Any
     collator: Any
+    train_fingerprint: str
+    """Changes with the content or order of the rows to train on: tokens, or the texts and pictures of which
+    a teacher makes its own."""
     fingerprint: str
-    """Changes when an example does."""
+    """Changes when any example does as the model reads it."""
     unit: str
     """What speed is counted in: tokens or pictures."""
 
@@ -151,6 +154,7 @@ def text_examples(options: TrainingOptions, tokenizer: Any, model: PreTrainedMod
         train=BlockRows(train),
         held_out=BlockRows(held_out),
         collator=default_data_collator,
+        train_fingerprint=train.fingerprint,
         fingerprint=f"{train.fingerprint} {held_out.fingerprint}",
         unit="tokens",
     )
@@ -164,7 +168,7 @@ def class_examples(
     processor: Any,
     model: PreTrainedModel,
 ) -> Examples:
-    """Rows for a classifier of texts or pictures."""
+    """Rows for a classifier of texts or pictures; every picture is read once, for the fingerprint."""
     number_of = {label: number for number, label in enumerate(labels)}
     pictures = train[0].picture is not None
     max_length = None if pictures else sequence_length(options.seq_len, model.config)
@@ -179,12 +183,14 @@ def class_examples(
         return {"pixel_values": read_picture(processor, row), "labels": number_of[row.label]}
 
     read = read_pixels if pictures else read_text
-    facts = json.dumps([[row.label, row.text, row.pair, str(row.picture)] for row in (*train, *held_out)])
+    own, other = (_fingerprint(map(_content, rows)) for rows in (train, held_out))
+    reader = _fingerprint([max_length, list(labels), processor_fingerprint(processor)])
     return Examples(
         train=ClassRows(train, read),
         held_out=ClassRows(held_out, read),
         collator=default_data_collator if padding is None else lambda rows: dict(padding(rows)),
-        fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
+        train_fingerprint=own,
+        fingerprint=f"{own} {other} {reader}",
         unit="pictures" if pictures else "tokens",
     )
 
@@ -198,6 +204,8 @@ def tag_examples(
     model: PreTrainedModel,
 ) -> Examples:
     """Rows for a classifier of tokens: a word's first token has its label, the others have none.
+
+    Every row is tokenised once more than it is used, for the fingerprint.
 
     Raises:
         ValueError: The tokenizer cannot tell which token belongs to which word.
@@ -220,14 +228,41 @@ def tag_examples(
         ]
         return {**known_inputs(tokens, type(model)), "labels": found}
 
-    facts = json.dumps([[row.words, row.tags] for row in (*train, *held_out)])
+    own, other = (_fingerprint(map(read, rows)) for rows in (train, held_out))
     return Examples(
         train=ClassRows(train, read),
         held_out=ClassRows(held_out, read),
         collator=lambda rows: dict(padding(rows)),
-        fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
+        train_fingerprint=own,
+        fingerprint=f"{own} {other}",
         unit="tokens",
     )
+
+
+def _content(row: LabelledRow) -> list[str | None]:
+    """All of a row but where its picture is."""
+    if row.picture is None:
+        return [row.label, row.text, row.pair]
+    with row.picture.open("rb") as file:
+        return [row.label, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _fingerprint(facts: Iterable[Any]) -> str:
+    """SHA-256 of JSON values in their order."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(json.dumps(fact, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """Of a tokenizer or image processor: what it makes of one example, wherever it was loaded from."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is None:
+        return _fingerprint([repr(processor)])
+    # Padding and truncation are what the last call has left behind.
+    settings = {**json.loads(backend.to_str()), "padding": None, "truncation": processor.truncation_side}
+    return _fingerprint([settings])
 
 
 def known_inputs(tokens: Mapping[str, Any], kind: type[PreTrainedModel]) -> dict[str, Any]:

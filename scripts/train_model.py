@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.integrations import deepspeed
 
+from ..distill import task_head
 from ..moe import to_cmoe, to_smoe_dropout
 from ..moe.checkpoint import METHOD, read_dropout_spec
 from ..moe.dropout.build import DropoutSpec
@@ -29,6 +30,7 @@ from ..moe.dropout.router import LOGIT_STD
 from .checkpoint_files import INDEX_FILE, PICKLED, SINGLE_FILE, check_folder, files_fingerprint, read_config
 from .console import is_interactive, warn
 from .load import (
+    VOCABULARIES,
     _check_counts,
     _explained,
     _find,
@@ -52,6 +54,7 @@ TASKS = {
     "images": AutoModelForImageClassification,
 }
 """Classes with a head for the task; ``images`` is classification of pictures."""
+IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 IN_A_LAYER = re.compile(r"\.\d+\.")
 """In the names of tensors of numbered layers, which a new head has not."""
 
@@ -73,6 +76,17 @@ class Source:
     def fingerprint(self) -> str:
         """Changes when a file of the model does."""
         return files_fingerprint(self.folder)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's labels, in the order of their numbers."""
+        known: Any = self.config.id2label
+        return tuple(str(known[number]) for number in sorted(known))
+
+    def has_processor(self, task: str) -> bool:
+        """Whether a tokenizer is beside the model; for the task ``images`` an image processor."""
+        patterns = IMAGE_PROCESSORS if task == "images" else VOCABULARIES
+        return any(next(self.folder.glob(pattern), None) for pattern in patterns)
 
 
 def open_training_source(name: str, *, allow_compressed: bool = False) -> Source:
@@ -238,6 +252,13 @@ def load_trained(source: Source, config: PreTrainedConfig, task: str, *, dtype: 
         ValueError: Weights are missing, do not fit the config, or hold NaN or infinity.
     """
     model, new = _load(source, config, task, dtype=dtype)
+    has_trunk = not any(map(IN_A_LAYER.search, new))
+    if task != "causal-lm" and has_trunk and f"{task_head(model).name}.weight" in new:
+        raise ValueError(
+            f"'{source.name}' has no head for --task {options_task(task)} that fits its config.json ("
+            f"{', '.join(new)}), so it was not trained for it; train it for the task first, or name a model "
+            "that was"
+        )
     _refuse_lost(source, model, new)
     return model.eval()
 

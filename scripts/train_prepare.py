@@ -1,6 +1,7 @@
 """Everything that `moekit train` checks before it builds or loads a model."""
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -9,7 +10,7 @@ from ..moe import KSchedule, dense_ffns
 from ..moe.dropout.build import DropoutSpec
 from ..moe.dropout.dense_ffn import ffns_at
 from .options import TrainOptions, flag
-from .train_arguments import read_arguments_file, training_arguments
+from .train_arguments import read_arguments_file
 from .train_model import (
     DEFAULT_EXPERTS,
     Source,
@@ -20,7 +21,7 @@ from .train_model import (
     shared_experts,
 )
 from .training_checks import check_not_negative, check_training_options
-from .training_job import TrainingJob, checkpoint_folder, open_task, read_examples
+from .training_job import TrainingJob, common_fields, open_task, read_examples
 
 NO_ROUTER = (
     "experts",
@@ -91,27 +92,18 @@ def prepare_training(options: TrainOptions) -> TrainJob:
     router = options.router if source.spec is None else source.spec.router
     _check_use(options, router)
     schedule = _schedule(options, source)
-    task = open_task(options, source)
+    task = open_task(options, source, label_order=partial(_own_order, source))
     if start != "continue":
         _try_conversion(options, task.skeleton, start)
     share = expert_share(task.skeleton, source.spec, start, 1 if schedule is None else schedule.num_experts)
     _check_dense_form(options, share, schedule)
-    examples = read_examples(options, task)
-    assert options.out is not None
-    return TrainJob(
-        options=options,
-        source=source,
-        config=task.config,
-        task=task.name,
-        start=start,
-        processor=task.processor,
-        examples=examples,
-        labels=task.labels,
-        router=router,
-        expert_share=share,
-        schedule=schedule,
-        arguments=training_arguments(options, checkpoint_folder(options.out), start, file),
-    )
+    common = common_fields(options, source, task, read_examples(options, task), start=start, file=file)
+    return TrainJob(**common, router=router, expert_share=share, schedule=schedule)
+
+
+def _own_order(source: Source, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels of the data as the model numbers them, where its config has the same."""
+    return source.labels if sorted(source.labels) == sorted(labels) else labels
 
 
 def _check_options(options: TrainOptions) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from .console import is_interactive
 
@@ -12,7 +13,7 @@ SHOWN = {
     "loss": "loss {:.4g}",
     "task": "labels {:.4g}",
     "distillation": "teacher {:.4g}",
-    "alignment_factor": "factor {:.3g}",
+    "alignment_factor": "last factor {:.3g}",
     "eval_cross_entropy": "held-out loss {:.4g}",
     "eval_accuracy": "accuracy {:.1%}",
     "active_experts": "k {:.3g}",
@@ -25,7 +26,11 @@ SHOWN = {
 
 
 class TrainingLines(TrainerCallback):
-    """A line on standard error for each log, below a progress bar if someone is looking."""
+    """A line on standard error for each log, below a progress bar if someone is looking.
+
+    The last step is always logged, and a run that is no longer than ``logging_steps`` at its half too: two
+    points make a curve.
+    """
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -43,7 +48,10 @@ class TrainingLines(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the bar."""
+        """Move the bar, and see to the log of short runs."""
+        half = state.max_steps // 2 if state.logging_steps >= state.max_steps else 0
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step in (half, state.max_steps):
+            control.should_log = True
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n if not self.bar.disable else 0)
 

@@ -1,6 +1,6 @@
 """Checks of the options that every command that trains has; they need no model and no data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .options import CommonOptions, TrainingOptions, flag
 from .prepare import SIZE, check_machine, check_names
@@ -52,10 +52,7 @@ def check_positive(options: CommonOptions, names: Iterable[str]) -> None:
     Raises:
         ValueError: Names the first.
     """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{flag(name)} {value} is not a positive number")
+    _check_each(options, names, lambda value: 0 < value < float("inf"), "a positive number")
 
 
 def check_not_negative(options: CommonOptions, names: Iterable[str]) -> None:
@@ -64,7 +61,13 @@ def check_not_negative(options: CommonOptions, names: Iterable[str]) -> None:
     Raises:
         ValueError: Names the first.
     """
+    _check_each(options, names, lambda value: 0 <= value < float("inf"), "a finite number of at least 0")
+
+
+def _check_each(
+    options: CommonOptions, names: Iterable[str], is_right: Callable[[float], bool], wanted: str
+) -> None:
     for name in names:
         value = getattr(options, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"{flag(name)} {value} is not a finite number of at least 0")
+        if value is not None and not is_right(value):
+            raise ValueError(f"{flag(name)} {value} is not {wanted}")

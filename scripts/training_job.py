@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
+from .console import step
 from .options import TrainingOptions
 from .record import versions
 from .staging import partial_folder
-from .train_arguments import read_arguments_file
+from .train_arguments import read_arguments_file, training_arguments
 from .train_data import (
     Examples,
     class_examples,
@@ -87,11 +88,48 @@ def checkpoint_folder(out: Path) -> Path:
     return partial_folder(out.expanduser()) / "work" / "trainer"
 
 
+def common_fields(
+    options: TrainingOptions,
+    source: Source,
+    task: TrainingTask,
+    examples: Examples,
+    *,
+    start: str,
+    file: dict[str, Any],
+) -> dict[str, Any]:
+    """What `TrainingJob` itself holds, for the constructor of a subclass.
+
+    Args:
+        options: What to do.
+        source: The model's files.
+        task: What `open_task` gave.
+        examples: What `read_examples` gave.
+        start: See `TrainingJob`.
+        file: What `read_arguments_file` gave.
+
+    Raises:
+        ValueError: What `training_arguments` refuses.
+    """
+    assert options.out is not None
+    return {
+        "options": options,
+        "source": source,
+        "config": task.config,
+        "task": task.name,
+        "start": start,
+        "processor": task.processor,
+        "examples": examples,
+        "labels": task.labels,
+        "arguments": training_arguments(options, checkpoint_folder(options.out), start, file),
+    }
+
+
 def open_task(
     options: TrainingOptions,
     source: Source,
     *,
-    label_order: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda labels: labels,
+    label_order: Callable[[tuple[str, ...]], tuple[str, ...]],
+    processor_of: str | None = None,
 ) -> TrainingTask:
     """Read labelled rows, the processor and the config, and build the model without weights.
 
@@ -99,6 +137,7 @@ def open_task(
         options: What to do.
         source: The model's files.
         label_order: Puts the names of the labels into the order in which they are numbered.
+        processor_of: Folder or hub id of the tokenizer or image processor to take where the model has none.
 
     Raises:
         ValueError: One of them cannot be, or they do not fit each other.
@@ -109,9 +148,19 @@ def open_task(
     elif options.task == "classification":
         rows = read_classes(options)
         name = "images" if rows[0][0].picture is not None else "classification"
-    processor = load_processor(options.tokenizer, source, name)
+    wanted = options.tokenizer
+    if wanted is None and processor_of is not None and not source.has_processor(name):
+        kind = "image processor" if name == "images" else "tokenizer"
+        step(f"'{source.name}' has no {kind} beside it: taking that of '{processor_of}'")
+        wanted = processor_of
+    processor = load_processor(wanted, source, name)
     labels = () if rows is None else label_order(rows[2])
     config = prepare_config(source, name, labels, processor)
+    if name.endswith("classification") and processor.vocab_size > config.get_text_config().vocab_size:
+        raise ValueError(
+            f"the tokenizer has {processor.vocab_size} tokens and '{source.name}' a vocabulary of "
+            f"{config.get_text_config().vocab_size}; name the model's own with --tokenizer"
+        )
     return TrainingTask(
         name=name,
         rows=None if rows is None else rows[:2],

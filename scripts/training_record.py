@@ -97,6 +97,14 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def model_name(model: str) -> str:
+    """What people call a model: the last part of a hub id, or the name of the folder that it is in."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return short_name(model)
+    return (path.parent if path.is_file() else path).resolve().name
+
+
 def made_by(run: TrainingRun) -> str:
     """The beginning of a card's summary."""
     return f"Made by moekit {versions()['moekit']} from `{run.job.options.model}`"
@@ -114,7 +122,7 @@ library_name: transformers
 {base}tags: [{", ".join(card.tags)}]
 ---
 
-# {short_name(options.model)}: {card.title}
+# {model_name(options.model)}: {card.title}
 
 {card.summary}
 

@@ -5,15 +5,17 @@
     head, teacher = fused.Head.of(model.lm_head), fused.TeacherStates(hidden, fused.Head.of(large.lm_head))
     loss = fused.fused_loss(states, head, fused.kl(temperature=2.0), teacher=teacher)
 
-An objective bears the name of the dense loss in `moekit.distill.losses` that it equals.
+An objective bears the name of the dense loss in `moekit.distill.losses` that it equals; `by_rows` makes one of
+any other dense loss.
 """
 
 from collections.abc import Callable
 
+from .by_rows import by_rows
 from .binary_kl_norm import binary_kl_norm
 from .chunked import fused_loss
 from .cross_entropy import cross_entropy, cross_entropy_plus
-from .heads import Head, Teacher, TeacherStates
+from .heads import Head, Teacher, TeacherStates, TopK
 from .jsd import jsd
 from .kl import kl, reverse_kl, skewed_kl, skewed_reverse_kl
 from .objective import Objective, Rule, Tile, weighted_sum
@@ -26,7 +28,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "skewed-kl": skewed_kl,
     "skewed-reverse-kl": skewed_reverse_kl,
 }
-"""By the names of `moekit.distill.losses.LOSSES`; the other losses need logits."""
+"""Those with a derivative written by hand, by the names of `moekit.distill.losses.LOSSES`."""
 
 __all__ = [
     "OBJECTIVES",
@@ -36,7 +38,9 @@ __all__ = [
     "Teacher",
     "TeacherStates",
     "Tile",
+    "TopK",
     "binary_kl_norm",
+    "by_rows",
     "cross_entropy",
     "cross_entropy_plus",
     "fused_loss",

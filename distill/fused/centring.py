@@ -25,7 +25,7 @@ class Means:
         self.shift_N = _mean_logits(states, head, self.weight_D)
         if isinstance(teacher, TeacherStates):
             self.shift_N -= _mean_logits(teacher.hidden, teacher.head, _mean_weight(teacher.head))
-        elif teacher is not None:
+        elif isinstance(teacher, Tensor):
             self.shift_N -= teacher.mean(1, dtype=wide(teacher.dtype))
         self.slope_N = torch.zeros_like(self.shift_N)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .heads import Head, Teacher, check_states, check_teacher
+from .heads import Head, Teacher, TopK, check_states, check_teacher
 from .objective import Objective
 from .sweep import Job, sweep
 
@@ -35,7 +35,7 @@ def fused_loss(
         hidden: Of the rows that count, packed. No rows give 0, which stays in the graph.
         head: The student's.
         objective: What to compute, such as ``kl(temperature=2.0)``.
-        teacher: Logits, or hidden states with their head; a constant.
+        teacher: Logits, hidden states with their head, or the likeliest tokens; a constant.
         labels: Of the rows, each below C.
         num_items: What the sum over rows is divided by; N by default. With gradient accumulation give the
             rows of all accumulated batches. 0 counts as 1.
@@ -112,7 +112,10 @@ def _check(
             got, fix = ("got some", "leave them out") if given else ("got none", f"pass {name}=")
             raise ValueError(f"{name}: {got}, but the objective takes {'some' if needed else 'none'}; {fix}")
     if teacher is not None:
-        check_teacher(teacher, len(hidden), head.width)
+        if isinstance(teacher, TopK) != objective.needs_ids:
+            wanted = "its likeliest tokens (TopK)" if objective.needs_ids else "logits or hidden states"
+            raise ValueError(f"teacher: got a {type(teacher).__name__}, but the objective takes {wanted}")
+        check_teacher(teacher, len(hidden), head.width, compares_columns=objective.compares_columns)
     if labels is not None and tuple(labels.shape) != (len(hidden),):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and the student's hidden states {len(hidden)} rows; "

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -119,8 +119,25 @@ class TeacherStates:
         check_states("teacher", self.hidden, self.head)
 
 
-Teacher = Tensor | TeacherStates
-"""Logits ``[N, C]``, or hidden states with their head."""
+@dataclass(frozen=True, slots=True, eq=False)
+class TopK:
+    """A teacher by the likeliest tokens of each row."""
+
+    log_probs: Float[Tensor, "N K"]
+    """Of temperature 1, over all tokens."""
+    ids: Int[Tensor, "N K"]
+
+
+Teacher = Tensor | TeacherStates | TopK
+"""Logits ``[N, C]``, hidden states with their head, or the likeliest tokens."""
+
+
+def teacher_shape(teacher: Teacher) -> tuple[int, int]:
+    """Rows and columns of what a teacher says."""
+    if isinstance(teacher, TeacherStates):
+        return len(teacher.hidden), teacher.head.width
+    num_rows, num_columns = (teacher.ids if isinstance(teacher, TopK) else teacher).shape
+    return num_rows, num_columns
 
 
 def check_states(side: str, hidden: Tensor, head: Head) -> None:
@@ -132,10 +149,10 @@ def check_states(side: str, hidden: Tensor, head: Head) -> None:
         )
 
 
-def check_teacher(teacher: Teacher, num_rows: int, num_columns: int) -> None:
+def check_teacher(teacher: Teacher, num_rows: int, num_columns: int, *, compares_columns: bool) -> None:
     """Refuse a teacher of other rows or columns than the student's, with a ``ValueError``."""
-    shape = tuple(teacher.shape) if isinstance(teacher, Tensor) else (len(teacher.hidden), teacher.head.width)
-    if shape != (num_rows, num_columns):
+    shape = teacher_shape(teacher)
+    if shape[0] != num_rows or (compares_columns and shape[1] != num_columns):
         raise ValueError(
             f"the teacher's logits have shape {shape} and the student's {(num_rows, num_columns)}. Pack both "
             "with the same valid rows; if one vocabulary is only padded, give its head num_columns, or cut "

@@ -20,6 +20,8 @@ class Tile:
     """Empty without labels."""
     num_columns: int
     """Of the whole row."""
+    teacher_ids: Int[Tensor, "R c"] | None = None
+    """Which token each column of a teacher by its likeliest tokens is; those are its log-probabilities."""
 
 
 Rule = Callable[[Tile], tuple[Tensor, Tensor]]
@@ -39,6 +41,10 @@ class Objective:
     """Whether `column_rule` wants each row's mean taken off the logits of both sides."""
     needs_teacher: bool = True
     needs_labels: bool = False
+    compares_columns: bool = True
+    """Whether the teacher has to have the student's columns; else it may have any, and rows are whole."""
+    needs_ids: bool = False
+    """Whether the teacher is a `TopK`."""
 
 
 def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
@@ -64,4 +70,6 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
         rule=rule,
         needs_teacher=any(objective.needs_teacher for _, objective in terms),
         needs_labels=any(objective.needs_labels for _, objective in terms),
+        compares_columns=any(o.needs_teacher and o.compares_columns for _, o in terms),
+        needs_ids=any(objective.needs_ids for _, objective in terms),
     )

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .heads import Head, Teacher, TeacherStates, wide
+from .heads import Head, Teacher, TeacherStates, TopK, teacher_shape, wide
 
 Cut = list[tuple[slice, slice]]
 """Rows and columns of each tile."""
@@ -67,13 +67,23 @@ def teacher_side(teacher: Teacher | None, student: HeadSide, cut: Cut, dtype: to
     Args:
         teacher: ``None`` for logits without columns.
         student: The other side.
-        cut: All tiles.
+        cut: Its tiles; see `teacher_cut`.
         dtype: Of products under autocast; ``None`` for that of the teacher's hidden states.
     """
     if isinstance(teacher, TeacherStates):
         states = teacher.hidden.detach().to(dtype or teacher.hidden.dtype)
         return HeadSide(states, teacher.head.cast(states.dtype), cut)
+    if isinstance(teacher, TopK):
+        return LogitsSide(teacher.log_probs)
     return LogitsSide(student.states_ND[:, :0] if teacher is None else teacher)
+
+
+def teacher_cut(teacher: Teacher | None, cut: Cut, *, whole_rows: bool) -> Cut:
+    """Cut the teacher as the student is cut: whole rows are those of its own columns."""
+    if teacher is None or not whole_rows:
+        return cut
+    columns = slice(0, teacher_shape(teacher)[1])
+    return [(rows, columns) for rows, _ in cut]
 
 
 def _size(part: slice) -> int:

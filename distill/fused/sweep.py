@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .centring import Means
 from .gradients import Gradients
-from .heads import Head, Teacher, TeacherStates, wide
+from .heads import Head, Teacher, TeacherStates, TopK, wide
 from .objective import Objective, Rule, Tile
-from .sides import Cut, HeadSide, teacher_side
+from .sides import Cut, HeadSide, teacher_cut, teacher_side
 from .tiles import blocks, tiles
 
 
@@ -77,11 +77,13 @@ def sweep(
 
 def _sweep_tiles(student: HeadSide, job: Job, cut: Cut, gradients: Gradients, means: Means | None) -> Tensor:
     """Loss of each row; the buffers of both sides end with this function, before gradients are cast."""
-    teacher = teacher_side(job.teacher, student, cut, job.dtype if job.is_autocast else None)
+    their_cut = teacher_cut(job.teacher, cut, whole_rows=not job.splits_columns)
+    teacher = teacher_side(job.teacher, student, their_cut, job.dtype if job.is_autocast else None)
+    ids_NK = job.teacher.ids if isinstance(job.teacher, TopK) else None
     loss_N = student.states_ND.new_zeros(len(student.states_ND), dtype=wide(job.dtype))
     no_labels = loss_N.new_empty(0, dtype=torch.long)
-    for rows, columns in cut:
-        ours_Rc, theirs_Rc = student.product(rows, columns), teacher.product(rows, columns)
+    for (rows, columns), their_part in zip(cut, their_cut, strict=True):
+        ours_Rc, theirs_Rc = student.product(rows, columns), teacher.product(*their_part)
         shift_R = None if means is None else means.shift_N[rows]
         labels_R = None if job.labels is None else job.labels[rows]
         for block in blocks(len(ours_Rc), ours_Rc.shape[1], ours_Rc.device):
@@ -89,7 +91,8 @@ def _sweep_tiles(student: HeadSide, job: Job, cut: Cut, gradients: Gradients, me
             if shift_R is not None:
                 logits_rc.sub_(shift_R[block, None])
             labels_r = no_labels if labels_R is None else labels_R[block]
-            tile = Tile(logits_rc, teacher.logits(theirs_Rc[block]), labels_r, job.head.width)
+            ids_rK = None if ids_NK is None else ids_NK[rows][block]
+            tile = Tile(logits_rc, teacher.logits(theirs_Rc[block]), labels_r, job.head.width, ids_rK)
             loss_r, slope_rc = job.rule(tile)
             loss_N[rows][block].add_(loss_r)
             if gradients.is_wanted:  # the product is no longer needed: its place takes the derivative

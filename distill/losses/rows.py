@@ -1,9 +1,10 @@
 """Which rows of a batch count: the one place that knows of shift, padding, prompts and ignored labels."""
 
-# B batch, S sequence, N rows that count, X vocabulary or hidden width
+# B batch, S sequence, N rows that count, M some of them, X vocabulary or hidden width
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -43,6 +44,16 @@ class ValidRows:
                 "the first two sizes must agree, so give the model's output without shifting or cutting it"
             )
         return states_BSX.flatten(0, 1).index_select(0, self.positions.to(states_BSX.device))
+
+    def indices(self, some: "ValidRows") -> Int[Tensor, " M"]:
+        """Which of these rows some of them are."""
+        return torch.searchsorted(self.positions, some.positions)
+
+    def sum_by_example(self, values_NX: Float[Tensor, "N X"]) -> Float[Tensor, "B X"]:
+        """Add up what belongs to rows of the same example."""
+        num_examples, length = self.batch_shape
+        total_BX = values_NX.new_zeros(num_examples, values_NX.shape[1])
+        return total_BX.index_add_(0, self.positions // length, values_NX)
 
 
 def valid_rows(

@@ -5,7 +5,7 @@ import torch
 from moekit.distill import AuxiliaryHeadSpec, DualHeadStudent, GradientAlignment, alignment_factor
 from moekit.distill.aligned_features import align
 from moekit.distill.gradient_alignment import feature_products, parameter_products
-from moekit.distill.language_head import logit_scale
+from moekit.distill.language_head import NonFiniteLogitsError, logit_scale
 from moekit.distill.losses import LOSSES, masked_mean, valid_rows, valid_tokens
 from moekit.distill.recipe import DistillationRecipe
 from moekit.distill.student import StudentInTraining
@@ -199,6 +199,19 @@ def test_a_teacher_that_says_nan_is_refused():
     inputs, _, rows = batch_for("llama-lm", teacher)
     with pytest.raises(NonFiniteTeacherError, match="says NaN"):
         wrapped.says({**inputs, "labels": None}, rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e38])
+def test_a_teacher_that_overflows_is_refused_for_that(value):
+    """And not for what its logits are of its head's output, which cannot be seen."""
+    teacher = student_model("llama-lm", seed=7)
+    with torch.no_grad():
+        teacher.lm_head.weight.fill_(value)
+        teacher.model.norm.weight.fill_(1e10)
+    with pytest.raises(NonFiniteTeacherError, match="NaN or infinity; .*--teacher-dtype float32"):
+        ModelTeacher(teacher)
+    with pytest.raises(NonFiniteLogitsError, match="LlamaForCausalLM says NaN or infinity in torch.float32"):
+        logit_scale(teacher)
 
 
 BAD = {

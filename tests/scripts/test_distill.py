@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from moekit.distill.teacher_cache_format import METADATA_KEY
 from moekit.moe import expert_layers
 from moekit.scripts import cli
+from moekit.scripts.checkpoint_files import content_fingerprint
 from moekit.scripts.distill_prepare import prepare_distillation
+from moekit.scripts.load import load_tokenizer
 from PIL import Image
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -73,6 +77,50 @@ def compressed(checkpoint, data, tmp_path_factory) -> Path:
 def judge(rows, tmp_path_factory) -> Path:
     """A good classifier that numbers its labels against the alphabet."""
     return write_checkpoint(tmp_path_factory.mktemp("judge") / "bert", tiny_judge(rows, ("sums", "salad")))
+
+
+@pytest.fixture(scope="module")
+def short(checkpoint, data, tmp_path_factory) -> Path:
+    """A run from a config.json without a tokenizer, with fewer steps than there are to a line of progress."""
+    folder = tmp_path_factory.mktemp("short")
+    tiny_llama().config.save_pretrained(folder / "small")
+    config, out = folder / "small" / "config.json", folder / "out"
+    given = ("--steps", 3, "--loss", "dhkd", "--cache", folder / "cache")
+    assert distill(config, checkpoint, data, out, *given, without="--logging-steps") == 0
+    return out
+
+
+def test_a_short_run_is_logged_at_its_half_and_its_end(short):
+    logged = [row["step"] for row in record(short)["metrics"]["history"] if "loss" in row]
+    assert logged == [1, 3]
+    assert (short / "distillation.png").is_file()
+
+
+def test_a_student_without_a_tokenizer_takes_the_teachers(short, checkpoint, judge, tmp_path, capsys):
+    taken, own = (load_tokenizer(str(folder)) for folder in (short, checkpoint))
+    assert taken.get_vocab() == own.get_vocab()
+    student = write_vit(tmp_path / "student", 24, has_weights=False)
+    teacher = write_vit(tmp_path / "teacher", 24, has_weights=True)
+    (student / "preprocessor_config.json").unlink()
+    pictures = write_pictures(tmp_path / "pictures")
+    job = prepare_distillation(cli.parse(words(student, teacher, pictures, tmp_path / "out", *CLASSIFY)))
+    assert job.teacher.is_same_reader
+    said = capsys.readouterr().err
+    assert f"'{student}' has no image processor beside it: taking that of '{teacher}'" in said
+
+
+def test_the_record_names_teacher_and_cache_by_their_content(short, checkpoint):
+    training = record(short)["training"]
+    assert training["teacher_fingerprint"] == content_fingerprint(checkpoint)
+    shard = short.parent / "cache" / "shard-00000.safetensors"
+    with safe_open(shard, "pt") as file:
+        digest = json.loads(file.metadata()[METADATA_KEY])["spec"]
+    assert training["cache"] == {"kind": "hidden", "fingerprint": digest}
+
+
+def test_the_card_is_named_after_the_folder_of_a_config(short, checkpoint):
+    card = (short / "README.md").read_text(encoding="utf-8")
+    assert f"# small: distilled from {checkpoint.name}\n" in card
 
 
 def test_a_run_leaves_everything_and_nothing_else(scratch):

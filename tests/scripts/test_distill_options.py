@@ -203,9 +203,15 @@ def test_what_cannot_be_of_two_classes(dense, judge, rows, refused, options, say
     refused(dense, judge, rows, *CLASSIFY, *options, says=says)
 
 
+def test_a_borrowed_tokenizer_has_to_fit(judge, rows, tmp_path, refused):
+    tiny_llama(vocab_size=VOCABULARY - 20).config.save_pretrained(tmp_path / "small")
+    refused(tmp_path / "small", judge, rows, *CLASSIFY, says="has 300 tokens and '")
+
+
 def test_a_teacher_without_the_head(dense, checkpoint, rows, tmp_path, capsys):
     assert distill(dense, checkpoint, rows, tmp_path / "out", *CLASSIFY) == 2
-    assert "lack 1 tensors that Qwen3MoeForSequenceClassification needs" in capsys.readouterr().err
+    says = "has no head for --task classification that fits its config.json (score.weight), so it was not trai"
+    assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

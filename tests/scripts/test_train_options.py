@@ -7,10 +7,10 @@ from moekit.moe import PARTITIONS, ROUTERS, SCHEDULES, KSchedule
 from moekit.moe.dropout.router import COMBINE_RULES
 from moekit.scripts import cli, train_arguments
 from moekit.scripts.options import TrainOptions
-from moekit.scripts.train_prepare import default_eval_experts
+from moekit.scripts.train_prepare import default_eval_experts, prepare_training
 from moekit.scripts.train_rows import label_names, read_labelled_rows
 
-from .tiny_training import train, write_config, write_rows
+from .tiny_training import tiny_llama, train, words, write_config, write_rows
 
 
 @pytest.mark.parametrize(
@@ -203,3 +203,16 @@ def test_sharding_that_was_left_out_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="asked for DEEPSPEED and gives MULTI_CPU"):
         train_arguments.check_sharding(DistributedType.MULTI_CPU)
     train_arguments.check_sharding(DistributedType.DEEPSPEED)
+
+
+@pytest.mark.parametrize("names", [("sums", "salad"), ("sums", "other")])
+def test_a_model_keeps_the_order_of_its_labels(rows, tmp_path, names):
+    """Its head's rows would stand for others; labels that are not its own have no order but the alphabet's."""
+    model = tiny_llama()
+    model.config.id2label = dict(enumerate(names))
+    config = write_config(tmp_path / "model", model)
+    given = words(config, rows, tmp_path / "out", "--task", "classification")
+    job = prepare_training(cli.parse(["train", *given]))
+    expected = names if set(names) == {"salad", "sums"} else ("salad", "sums")
+    assert job.labels == expected
+    assert job.config.id2label == dict(enumerate(expected))

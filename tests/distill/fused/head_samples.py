@@ -1,8 +1,18 @@
 """Small heads and their dense losses."""
 
+from functools import partial
+
 import torch
 from moekit.distill import fused, losses
 
+BY_ROWS = {
+    "bild": partial(losses.bild, k=4),
+    "binary-kl": partial(losses.binary_kl, center="mean"),
+    "mse": partial(losses.logit_mse, center="logprob"),
+    "top-k-kl": partial(losses.top_k_kl, k=3, temperature=2.0),
+    "uld": losses.uld,
+}
+"""Losses without a derivative written by hand."""
 OBJECTIVES = {
     "kl": (fused.kl(temperature=2.0), lambda s, t, y: losses.kl(s, t, temperature=2.0)),
     "kl-1": (fused.kl(), lambda s, t, y: losses.kl(s, t)),
@@ -49,6 +59,21 @@ OBJECTIVES = {
     )
     for center in ("none", "mean", "logprob")
     for reduction in ("sum", "mean")
+}
+OBJECTIVES |= {
+    name: (fused.by_rows(loss), lambda s, t, y, loss=loss: loss(s, t)) for name, loss in BY_ROWS.items()
+}
+OBJECTIVES |= {
+    "dkd": (
+        fused.by_rows(partial(losses.dkd, temperature=2.0), needs_labels=True),
+        lambda s, t, y: losses.dkd(s, t, labels_N=y, temperature=2.0),
+    ),
+    "one-head-uld": (
+        fused.cross_entropy_plus(fused.by_rows(losses.uld, compares_columns=False), 0.5),
+        lambda s, t, y: (
+            torch.nn.functional.cross_entropy(s, y, reduction="none") + 0.5 * losses.uld(s, t)
+        ),
+    ),
 }
 """Fused objective and the dense loss of each row."""
 

@@ -172,7 +172,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 of the bytes of contiguous tensors on the CPU, in the order of their names."""
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, value)
     return value
 
 

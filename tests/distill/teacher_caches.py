@@ -55,7 +55,12 @@ class Teacher:
         return say(self.kind, examples, self.dtype)
 
 
+def meet_nobody() -> None:
+    """The barrier of processes that are called one after the other."""
+
+
 def build(folder: Path, kind: str, teacher: Callable[[range], CachedRows] | None = None, **arguments) -> None:
+    arguments = {"barrier": meet_nobody} | arguments
     build_cache(folder, SPECS[kind], teacher or Teacher(kind), head=HEADS[kind], **arguments)
 
 

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -13,6 +15,12 @@ from moekit.distill import teacher_cache
 from moekit.distill.fused import Head
 from moekit.distill.losses import cached_top_k_kl, top_k_kl
 from moekit.distill.teacher_cache import CachedRows, CacheSpec, TeacherCache, build_cache
+from moekit.distill.teacher_cache_format import (
+    MAX_SHARD_BYTES,
+    MAX_SHARD_EXAMPLES,
+    checksum,
+    examples_per_shard,
+)
 from torch.utils.data import DataLoader
 
 from .teacher_caches import (
@@ -24,6 +32,7 @@ from .teacher_caches import (
     Teacher,
     build,
     contents,
+    meet_nobody,
     metadata,
     same,
     say,
@@ -112,17 +121,31 @@ def test_two_processes_make_one_cache(kind: str, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     build(alone, kind)
     teachers = [Teacher(kind), Teacher(kind)]
+    group: dict[str, Any] = {"num_processes": 2, "barrier": Barrier(2, timeout=60).wait}
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(build, together, kind, teachers[1], process_index=1, num_processes=2)
-        build(together, kind, teachers[0], process_index=0, num_processes=2)
+        second = pool.submit(build, together, kind, teachers[1], process_index=1, **group)
+        build(together, kind, teachers[0], process_index=0, **group)
         second.result()
     assert [teacher.asked for teacher in teachers] == [[0, 6], [3, 9]]
     assert contents(together) == contents(alone)
 
 
-def test_a_process_does_not_wait_forever(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="process 0 has not written"):
+def test_processes_need_one_folder_and_a_barrier(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"process 0 has written .*index\.json', which this process does not"
+    ):
         build(tmp_path, "logits", process_index=1, num_processes=2, wait_seconds=0.01)
+    with pytest.raises(ValueError, match="num_processes=2 needs a barrier"):
+        build(tmp_path, "logits", num_processes=2, barrier=None)
+    assert contents(tmp_path) == {}
+
+
+def test_a_shard_is_bounded() -> None:
+    assert examples_per_shard(1) == MAX_SHARD_EXAMPLES
+    assert examples_per_shard(MAX_SHARD_BYTES) == examples_per_shard(MAX_SHARD_BYTES * 9) == 1
+    assert examples_per_shard(MAX_SHARD_BYTES // 3) == 3
+    spec = replace(SPECS["logits"], shard_examples=examples_per_shard(MAX_SHARD_BYTES // 5))
+    assert spec.record["shard_examples"] == 5
 
 
 @pytest.mark.parametrize("max_open", [1, 512])
@@ -148,21 +171,28 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for the memory in use")
-def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
+def test_only_the_rows_asked_for_are_kept(tmp_path: Path) -> None:
     spec = CacheSpec(kind="logits", num_examples=2, source={})
     said = CachedRows(torch.tensor([1, 1]), {"logits": torch.ones(2, 1)})
     build_cache(tmp_path, spec, lambda examples: said)
-    rows, width = 2**18, 2**9  # half a gigabyte, of which the disk holds nothing
+    rows, width = 2**16, 2**9  # 128 megabytes, of which the disk holds nothing
     size = rows * width * 4
+    offsets, value = torch.tensor([0, rows - 2, rows]), 0
+    for _ in range(size // 2**20):
+        value = zlib.crc32(bytes(2**20), value)
+    known = metadata(tmp_path / "shard-00000.safetensors")
+    facts = json.loads(known["teacher_cache"])
+    assert facts["checksum"] == checksum({"offsets": torch.tensor([0, 1, 2]), "logits": torch.ones(2, 1)})
+    facts["checksum"] = zlib.crc32(offsets.numpy().tobytes(), value)
     header = {
-        "__metadata__": metadata(tmp_path / "shard-00000.safetensors"),
+        "__metadata__": {"teacher_cache": json.dumps(facts)},
         "offsets": {"dtype": "I64", "shape": [3], "data_offsets": [0, 24]},
         "logits": {"dtype": "F32", "shape": [rows, width], "data_offsets": [24, 24 + size]},
     }
     with (tmp_path / "shard-00000.safetensors").open("wb") as file:
         text = json.dumps(header).encode()
         file.write(len(text).to_bytes(8, "little") + text)
-        file.write(torch.tensor([0, rows - 2, rows]).numpy().tobytes())
+        file.write(offsets.numpy().tobytes())
         file.truncate(8 + len(text) + 24 + size)
     before = resident_bytes()
     read = TeacherCache.open(tmp_path, spec).read(torch.tensor([1])).tensors["logits"]
@@ -221,7 +251,7 @@ def test_another_cache_is_neither_read_nor_overwritten(
                 head=HEADS[spec.kind],
                 process_index=process,
                 num_processes=2,
-                wait_seconds=0.0,
+                barrier=meet_nobody,
             )
     assert contents(tmp_path) == before
 

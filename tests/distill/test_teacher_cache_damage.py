@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from moekit.distill.teacher_cache import TeacherCache, build_cache
+from moekit.distill.teacher_cache_format import checksum
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .teacher_caches import SPECS, Teacher, build, contents, metadata
+from .teacher_caches import SPECS, Teacher, build, contents, metadata, same, say
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +58,17 @@ BEGINNING = b'{"format": "moekit.teacher-cache", "version": '
         (b"[]", "not of the format"),
         (b"[" * 100_000, "nested too deeply"),
         (b" " * 2**21, "more than 1048576 bytes"),
-        (BEGINNING + b"2}", "its version is 2; this moekit reads 1"),
+        (BEGINNING + b"1}", "its version is 1; this moekit reads 2"),
         (BEGINNING + b"true}", "its version is True"),
         (BEGINNING + b"1" * 9999 + b"}", "cannot be used"),
-        (BEGINNING + b'1, "spec": []}', "no spec with a source"),
-        (BEGINNING + b'1, "spec": {"source": "x"}}', "no spec with a source"),
+        (BEGINNING + b'2, "spec": []}', "no spec with a source"),
+        (BEGINNING + b'2, "spec": {"source": "x"}}', "no spec with a source"),
         (
-            BEGINNING + b'1, "spec": {"source": {"../model": [1e999]}}}',
+            BEGINNING + b'2, "spec": {"source": {"../model": [1e999]}}}',
             r"'source \.\./model' is \[inf\] there, None here",
         ),
         (
-            BEGINNING + b'1, "spec": {"num_examples": 1e30, "source": {}}}',
+            BEGINNING + b'2, "spec": {"num_examples": 1e30, "source": {}}}',
             r"'num_examples' is 1e\+30 there, 11",
         ),
     ],
@@ -82,11 +83,15 @@ def test_a_damaged_index_is_refused(text: bytes, message: str, folders: Path) ->
 
 
 def damage(file: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
-    """Change what a file holds, so that only its meaning is wrong."""
+    """Change what a file holds, checksum included, so that only its meaning is wrong."""
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     known = metadata(file)
     change(tensors, known)
+    if known:
+        known["teacher_cache"] = json.dumps(
+            json.loads(known["teacher_cache"]) | {"checksum": checksum(tensors)}
+        )
     save_file(tensors, file, known)
 
 
@@ -110,7 +115,7 @@ LARGE = 2**63 - 1
         ("logits", put(logits=torch.ones(3)), r"its logits have shape \[3\]"),
         ("logits", put(logits=torch.ones(3, 9, dtype=torch.int32)), "its logits are I32, not F16 or BF16"),
         ("logits", put(logits=torch.ones(3, 8)), "two teachers made them"),
-        ("logits", lambda tensors, known: known.clear(), "not this shard of this cache"),
+        ("logits", lambda tensors, known: known.clear(), "does not say to which cache"),
         ("top-k", put(ids=torch.ones(3, 4, dtype=torch.int64)), "its ids are I64, not I32"),
         ("top-k", put(ids=torch.ones(3, 3, dtype=torch.int32)), "its ids have 3 columns, not top_k=4"),
         ("top-k", put(log_probs=torch.ones(2, 4)), "its offsets need 3 rows"),
@@ -121,6 +126,42 @@ def test_a_shard_that_contradicts_itself_is_refused(kind: str, change, message: 
     damage(folder / "shard-00000.safetensors", change)
     with pytest.raises(ValueError, match=message):
         TeacherCache.open(folder, SPECS[kind])
+
+
+def flip(file: Path) -> None:
+    """Change a bit in the middle of the last tensor."""
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_rows_that_are_not_those_written_are_refused(kind: str, folders: Path) -> None:
+    folder, examples = folders / kind, torch.tensor([5])
+    before = contents(folder)
+    flip(folder / "shard-00001.safetensors")
+    cache = TeacherCache.open(folder, SPECS[kind])
+    cache.read(torch.tensor([2, 6]))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"shard-00001\..*its checksum is wrong.*; remove it and give the same"
+        ):
+            cache.read(examples)
+    teacher = Teacher(kind)
+    build(folder, kind, teacher)
+    assert teacher.asked == [3]
+    assert contents(folder) == before
+    same(TeacherCache.open(folder, SPECS[kind]).read(examples), say(kind, [5]))
+
+
+def test_a_head_that_is_not_the_one_written_is_refused(folders: Path) -> None:
+    folder = folders / "hidden"
+    before = contents(folder)
+    flip(folder / "head.safetensors")
+    with pytest.raises(ValueError, match=r"head\.safetensors.*its checksum is wrong"):
+        TeacherCache.open(folder, SPECS["hidden"])
+    build(folder, "hidden")
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}"])
@@ -160,7 +201,7 @@ def with_head(**entries: Any) -> Callable[[dict[str, Tensor], dict[str, str]], N
         (with_head(num_columns=14), "num_columns=14 is not between 1 and"),
         (with_head(num_columns=1.5), "num_columns is no whole number"),
         (with_head(version=None), "its version is None"),
-        (lambda tensors, known: known.clear(), "Expecting value"),
+        (lambda tensors, known: known.clear(), "does not say to which cache"),
         (put(weight=torch.ones(13, 3)), "are 2 wide and its head reads 3"),
         (put(weight=torch.ones(13, 2, dtype=torch.int8)), "weight is not made of floating-point"),
         (put(other=torch.ones(12)), "it holds"),

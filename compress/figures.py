@@ -1,59 +1,25 @@
 """The pictures of a compression report, as matplotlib figures: load, groups, size, fidelity.
 
-Every function is pure: data in, a `Figure` out (Agg, no pyplot, nothing global). `figure_png` and
-`figure_svg` turn a figure into bytes or into SVG text whose colours are CSS variables, so that a page can
-show it light or dark.
+Every function is pure: data in, a `Figure` out; `moe/figure_style.py` turns it into PNG or SVG.
 """
 
 # Dimensions: layers L, experts E.
 
-import html
-import io
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..moe.figure_style import AFTER, BEFORE, GRID, INK, MUTED, plain, styled
 from .dendrogram import ALONE, GROUP_COLOURS, REMOVED, Tree, colour_indices, leaf_order, link_colour
 from .report_content import DomainRow, Interval, LayerReport
 
-INK, MUTED, GRID, BEFORE, AFTER, BAD = "#1b1f24", "#667080", "#d9dde3", "#a3acb9", "#4477aa", "#d1495b"
-_CSS_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", BEFORE: "before", AFTER: "after", BAD: "bad"}
 _FAIR_SHARES = 3.0  # the colour scale of the heat map ends here
 _TOO_LARGE = 1e6  # a ruined model's perplexity can reach numbers that no axis holds
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-}
-
-
-@contextmanager
-def _styled() -> Iterator[None]:
-    """The look of all figures; matplotlib reads some of it when drawing and some when saving."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        yield
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -76,7 +42,7 @@ def load_heatmap(layers: Sequence[LayerReport]) -> Figure:
     load_LE = np.full((len(layers), max(layer.num_experts for layer in layers)), np.nan)
     for row, layer in enumerate(layers):
         load_LE[row, : layer.num_experts] = np.asarray(layer.usage, dtype=float) * layer.num_experts
-    with _styled():
+    with styled():
         figure = Figure(figsize=(10, 1.5 + min(max(0.19 * len(layers), 0.9), 36)), layout="constrained")
         heat, kept = figure.subplots(1, 2, width_ratios=(5, 1), sharey=True)
         scale = {"cmap": "cividis", "vmin": 0, "vmax": _FAIR_SHARES}
@@ -114,7 +80,7 @@ def _mark_experts(axes: Axes, layers: Sequence[LayerReport]) -> None:
 
 def _layer_axis(axes: Axes, layers: Sequence[LayerReport]) -> None:
     every = math.ceil(len(layers) / 190)  # 36 inches hold this many labels
-    labels = [_plain(name) for name in short_names([layer.name for layer in layers])]
+    labels = [plain(name) for name in short_names([layer.name for layer in layers])]
     axes.set_yticks(range(0, len(layers), every), labels[::every], fontsize=8)
     axes.set_ylabel("layer")
 
@@ -143,7 +109,7 @@ def group_dendrogram(layer: LayerReport, tree: Tree | None) -> Figure:
     colours = colour_indices(layer, order)
     palette = dict(enumerate(GROUP_COLOURS)) | {ALONE: MUTED, REMOVED: GRID}
     width, height = max(6.0, min(0.12 * len(order), 60)), 4.2 if tree is not None else 2.4
-    with _styled():
+    with styled():
         figure = Figure(figsize=(width, height))
         # Set by hand: the automatic layout measures every label, which takes longer than all the drawing.
         left, right, bottom, top = 0.78 / width, 1 - 0.1 / width, 0.62 / height, 1 - 0.35 / height
@@ -156,7 +122,7 @@ def group_dendrogram(layer: LayerReport, tree: Tree | None) -> Figure:
                 (left, middle + 0.12 / height, right - left, top - middle - 0.12 / height)
             )
             _draw_tree(upper, layer, tree, colours, palette)
-        upper.set_title(f"{_plain(layer.name)}: {layer.num_experts} experts, {layer.num_kept} kept")
+        upper.set_title(f"{plain(layer.name)}: {layer.num_experts} experts, {layer.num_kept} kept")
     return figure
 
 
@@ -198,7 +164,7 @@ def size_bars(bytes_by_part: Mapping[str, tuple[int, int]]) -> Figure:
     """Bytes of each part of the model before and after, largest first."""
     parts = sorted(bytes_by_part.items(), key=lambda entry: -max(entry[1]))
     unit, scale = _byte_unit(max((max(pair) for _, pair in parts), default=1))
-    with _styled():
+    with styled():
         figure = Figure(figsize=(10, 1.0 + 0.55 * max(len(parts), 1)), layout="constrained")
         axes = figure.subplots()
         for side, (offset, colour, label) in enumerate(((-0.2, BEFORE, "before"), (0.2, AFTER, "after"))):
@@ -206,7 +172,7 @@ def size_bars(bytes_by_part: Mapping[str, tuple[int, int]]) -> Figure:
             rows = [row + offset for row in range(len(parts))]
             drawn = axes.barh(rows, values, 0.38, color=colour, label=label)
             axes.bar_label(drawn, [f"{value:,.4g}" for value in values], padding=3, fontsize=8)
-        axes.set_yticks(range(len(parts)), [_plain(part) for part, _ in parts])
+        axes.set_yticks(range(len(parts)), [plain(part) for part, _ in parts])
         axes.invert_yaxis()
         axes.set_xlabel(f"size on disk ({unit})")
         axes.margins(x=0.1)
@@ -228,7 +194,7 @@ def fidelity_bars(domains: Sequence[DomainRow], overall: DomainRow | None = None
     Numbers that are not finite, or beyond a million, are left out of the picture (the table has them).
     """
     rows = [*domains, *([overall] if overall is not None else [])]
-    with _styled():
+    with styled():
         figure = Figure(figsize=(10, 1.1 + 0.34 * max(len(rows), 2)), layout="constrained")
         change, kl, top1 = figure.subplots(1, 3, sharey=True, gridspec_kw={"wspace": 0.06})
         _range_bars(
@@ -254,7 +220,7 @@ def fidelity_bars(domains: Sequence[DomainRow], overall: DomainRow | None = None
         top1.set_xlabel("same top-1 token")
         top1.set_xlim(0, 1)
         top1.xaxis.set_major_formatter(PercentFormatter(1))
-        change.set_yticks(range(len(rows)), [_plain(row.domain) for row in rows])
+        change.set_yticks(range(len(rows)), [plain(row.domain) for row in rows])
         change.invert_yaxis()
     return figure
 
@@ -275,41 +241,3 @@ def _range_bars(
     axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.grid(axis="x", linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def _plain(text: str) -> str:
-    """A user's string as literal text: matplotlib would read dollar signs as mathematics."""
-    return text.replace("$", r"\$")
-
-
-def figure_png(figure: Figure, dpi: int = 120) -> bytes:
-    """Render a figure to PNG on white."""
-    buffer = io.BytesIO()
-    with _styled():
-        figure.savefig(buffer, format="png", dpi=dpi, facecolor="#ffffff")
-    return buffer.getvalue()
-
-
-def figure_svg(figure: Figure, label: str) -> str:
-    """Render a figure to an `<svg>` element, for a page whose style sheet defines --ink, --muted, --grid, ...
-
-    Args:
-        figure: the figure.
-        label: what it shows, for screen readers.
-    """
-    buffer = io.StringIO()
-    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with _styled():
-        mpl.rcParams["svg.hashsalt"] = label
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    drawn = buffer.getvalue()
-    opening, rest = drawn[drawn.index("<svg ") :].split(">", 1)
-    view_box = re.search(r'viewBox="[^"]*"', opening)
-    for colour, variable in _CSS_VARIABLES.items():
-        rest = rest.replace(colour, f"var(--{variable})")
-    rest = rest.replace("'DejaVu Sans'", "system-ui")
-    width = round(figure.get_figwidth() * 96)
-    return (
-        f'<svg class="figure" role="img" aria-label="{html.escape(label)}" style="max-width:{width}px" '
-        f'{view_box[0] if view_box else ""} xmlns:xlink="http://www.w3.org/1999/xlink">{rest}'
-    )

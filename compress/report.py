@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..moe.figure_style import figure_png
 from .dendrogram import Tree, layer_tree
-from .figures import fidelity_bars, figure_png, group_dendrogram, load_heatmap, size_bars
+from .figures import fidelity_bars, group_dendrogram, load_heatmap, size_bars
 from .report_content import Comparison, DomainRow, LayerReport, ReportContent, verdict
 from .report_html import report_html
 

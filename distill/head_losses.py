@@ -1,4 +1,4 @@
-"""From what the student's head reads, or says, to the mean loss; and what takes logits a few rows at a time."""
+"""From what the student's head reads, or says, to the mean loss; and logits a few rows at a time."""
 
 # N rows, D hidden width, C classes; R rows of a tile
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..moe import expert_layers
+from ..moe.expert_load import collect_expert_load
 from .aligned_features import align
 from .dual_head import DualHeadStudent
-from .expert_load import collect_expert_load
 from .fused import TeacherStates, cross_entropy, cross_entropy_plus, fused_loss
 from .gradient_alignment import GradientAlignment, parameter_products
 from .head_losses import NumItems, cross_entropy_mean, distillation_loss, label_measures

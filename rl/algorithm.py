@@ -3,10 +3,12 @@
 # B completions, L positions, N valid tokens of a mini-batch on all processes
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,9 +21,9 @@ Reduction = Literal["token-mean", "sequence-mean", "fixed-length", "token-sum"]
 Need = Literal[
     "old-pass", "entropy-gradient", "mean-vocab-logprobs", "demonstrations", "rehearsal", "reference"
 ]
-"""What a trainer has to provide: statistics before the update even if there is one update only, entropies that
-carry gradient, the vocabulary mean, demonstrations in the data, stored completions of the initial policy, its
-log-probs."""
+"""What a trainer has to provide: statistics before the update even if there is one update only, entropies
+that carry gradient, the vocabulary mean, demonstrations in the data, stored completions of the initial
+policy, its log-probs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +35,13 @@ class TokenStatistics:
         entropies: Of the distributions they were drawn from, nats; with gradient only for methods that need
             ``entropy-gradient``.
         mean_vocab_logprobs: Mean over the vocabulary of log p, for methods that need it.
+        router_loss: Load-balancing loss of the experts, where it is trained on.
     """
 
     logprobs: Float[Tensor, "B L"]
     entropies: Float[Tensor, "B L"]
     mean_vocab_logprobs: Float[Tensor, "B L"] | None = None
+    router_loss: Float[Tensor, ""] | None = None
 
 
 @dataclass(kw_only=True)
@@ -48,12 +52,15 @@ class MethodContext:
         step: Rollout steps done.
         total_steps: Of the whole run.
         max_completion_length: L_max.
+        mean_entropy: Mean over the valid tokens of this step on all processes, nats; only if there was a pass
+            before the updates.
         state: The method's own numbers; JSON values, saved in every checkpoint.
     """
 
     step: int
     total_steps: int
     max_completion_length: int
+    mean_entropy: float | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,8 +90,8 @@ class SelectionInputs:
 
 
 RolloutShaper = Callable[..., Sequence[Request]]
-"""``(prompt, num_generations, tokenizer, *, settings)``: what is asked of the policy for one prompt; the samples
-of all requests form its group."""
+"""``(prompt, num_generations, tokenizer, max_completion_length, *, settings)``: what is asked of the policy
+for one prompt; the samples of all requests form its group."""
 Advantage = Callable[..., Tensor]
 """``(batch, context, *, settings)``: ``[B]``, or ``[B, L]`` with token weights folded in; of whole groups,
 without gradient. NaN rewards get 0."""
@@ -109,7 +116,7 @@ class Algorithm:
         regularizer_reduction: How.
         shaper: See `RolloutShaper`; by default G plain samples.
         selection: Over the whole mini-batch (Clip-Cov, KL-Cov); gives ``batch.selected``.
-        observe: Called with every step's batch (old pass included) and the context before the advantages.
+        observe: ``(context, *, settings)``, called in every step before the advantages.
         needs: What the trainer has to provide beyond the common.
         min_updates: Fewest optimizer steps a rollout for the method to do anything of its own.
         max_updates: Most for which its mathematics holds.
@@ -139,24 +146,21 @@ class Algorithm:
 
     def hyperparameters(self) -> dict[str, Any]:
         """Every setting of the method with its value."""
-        found: dict[str, Any] = {}
-        for function in self._functions().values():
-            found |= {name: p.default for name, p in _keywords(function).items()}
-        return found | dict(self.settings)
+        return {name: p.default for name, p in self._parameters().items()} | dict(self.settings)
 
     def with_settings(self, **changes: Any) -> "Algorithm":
         """The same method with other hyper-parameters.
 
         Raises:
-            ValueError: It has no such setting, or one of another type.
+            ValueError: It has no such setting, or the value does not fit the setting's type.
         """
-        known = self.hyperparameters()
-        for name, value in changes.items():
+        known = self._parameters()
+        for name in changes:
             if name not in known:
                 allowed = ", ".join(sorted(known)) or "none"
                 raise ValueError(f"{self.title} has no setting {name!r}; its settings: {allowed}")
-            _check_type(self.title, name, value, known[name])
-        return replace(self, settings={**self.settings, **changes})
+        fitting = {name: _fitting(self.title, name, v, known[name].annotation) for name, v in changes.items()}
+        return replace(self, settings={**self.settings, **fitting})
 
     def bound(self, name: str) -> Callable[..., Any] | None:
         """One of the functions with its settings filled in.
@@ -170,6 +174,9 @@ class Algorithm:
         values = self.hyperparameters()
         return partial(function, **{key: values[key] for key in _keywords(function)})
 
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        return {n: p for f in self._functions().values() for n, p in _keywords(f).items()}
+
     def _functions(self) -> dict[str, Callable[..., Any]]:
         names = ("advantage", "policy_loss", "regularizer", "shaper", "selection", "observe")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -180,12 +187,21 @@ def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _check_type(title: str, name: str, value: Any, default: Any) -> None:
-    is_number = isinstance(default, int | float) and not isinstance(default, bool)
-    fits = default is None or (
-        (isinstance(value, int | float) and not isinstance(value, bool))
-        if is_number
-        else isinstance(value, type(default))
-    )
-    if not fits:
-        raise ValueError(f"{title}'s setting {name}={value!r} must be like its default {default!r}")
+def _fitting(title: str, name: str, value: Any, hint: Any) -> Any:
+    """The value as the annotation wants it: whole numbers become floats, lists become tuples."""
+    for option in get_args(hint) if isinstance(hint, UnionType) else (hint,):
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if get_origin(option) is tuple and isinstance(value, list | tuple):
+            return tuple(_fitting(title, name, v, get_args(option)[0]) for v in value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if option is float and is_number and math.isfinite(value):
+            return float(value)
+        if option in (bool, int, str, NoneType) and type(value) is option:
+            return value
+    choices = " or ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else _named(hint)
+    raise ValueError(f"{title}'s setting {name}={value!r} must be {choices}")
+
+
+def _named(hint: Any) -> str:
+    return "a finite number" if hint is float else getattr(hint, "__name__", str(hint))

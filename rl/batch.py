@@ -81,6 +81,27 @@ class PolicyBatch:
         """Tokens of demonstrations."""
         return self.token_mask & self.is_external[:, None]
 
+    @property
+    def policy_mask(self) -> Bool[Tensor, "B L"]:
+        """Tokens that the policy loss counts: those of the loss mask, without rehearsal."""
+        return self.loss_mask & ~self.is_rehearsal[:, None]
+
+    @property
+    def rehearsal_mask(self) -> Bool[Tensor, "B L"]:
+        """Tokens of the loss mask that the initial policy wrote."""
+        return self.loss_mask & self.is_rehearsal[:, None]
+
+    def required(self, name: str) -> Tensor:
+        """A tensor that a method needs.
+
+        Raises:
+            ValueError: Nobody computed it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the batch has no {name}; the algorithm's `needs` say what is computed for it")
+        return value
+
     def with_(self, **changes: Any) -> "PolicyBatch":
         """A copy with other fields; tensors are shared."""
         return replace(self, **changes)
@@ -116,7 +137,11 @@ def _moved(value: Any, device: Any) -> Any:
 
 
 def policy_batch(
-    groups: Sequence[RolloutGroup], *, pad_id: int, masks_truncated: bool = False, first_group_id: int = 0
+    groups: Sequence[RolloutGroup],
+    *,
+    pad_id: int,
+    masks_truncated: bool = False,
+    group_ids: Sequence[int] | None = None,
 ) -> PolicyBatch:
     """Lay groups out as tensors on the CPU.
 
@@ -124,12 +149,13 @@ def policy_batch(
         groups: At least one.
         pad_id: Fills up; masked everywhere.
         masks_truncated: Leave completions that met the length limit out of every loss.
-        first_group_id: Number of the first group.
+        group_ids: A number for each group; 0, 1, 2 .. by default.
 
     Raises:
         ValueError: There is no completion.
     """
-    rows = [(number, group, r) for number, group in enumerate(groups) for r in group.rollouts]
+    numbers = range(len(groups)) if group_ids is None else group_ids
+    rows = [(n, group, r) for n, group in zip(numbers, groups, strict=True) for r in group.rollouts]
     if not rows:
         raise ValueError("a batch of no completions")
     rollouts = [rollout for _, _, rollout in rows]
@@ -139,7 +165,7 @@ def policy_batch(
     is_truncated = torch.tensor([r.is_truncated for r in rollouts])
     if masks_truncated:
         loss_mask = loss_mask & ~is_truncated[:, None]
-    names = list(groups[0].rewards_by_function)
+    names = dict.fromkeys(name for group in groups for name in group.rewards_by_function)
     has_sampled = any(r.sampling_logprobs is not None for r in rollouts)
     has_ref = any(r.ref_logprobs is not None for r in rollouts)
     return PolicyBatch(
@@ -148,11 +174,9 @@ def policy_batch(
         completion_ids=completion_ids,
         token_mask=token_mask,
         loss_mask=loss_mask,
-        group_ids=torch.tensor([first_group_id + number for number, _, _ in rows]),
+        group_ids=torch.tensor([number for number, _, _ in rows]),
         rewards=torch.cat([group.rewards.float() for group in groups]),
-        rewards_by_function={
-            name: torch.cat([group.rewards_by_function[name].float() for group in groups]) for name in names
-        },
+        rewards_by_function={name: torch.cat([_reward(group, name) for group in groups]) for name in names},
         is_truncated=is_truncated,
         is_external=torch.tensor([r.source == "demonstration" for r in rollouts]),
         is_rehearsal=torch.tensor([r.source == "rehearsal" for r in rollouts]),
@@ -165,6 +189,12 @@ def policy_batch(
         else None,
         ref_logprobs=_filled([r.ref_logprobs for r in rollouts], token_mask, 0.0) if has_ref else None,
     )
+
+
+def _reward(group: RolloutGroup, name: str) -> Tensor:
+    """Of a function; NaN for a group that it never saw."""
+    found = group.rewards_by_function.get(name)
+    return torch.full((len(group.rollouts),), float("nan")) if found is None else found.float()
 
 
 def _padded(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

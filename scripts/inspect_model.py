@@ -8,12 +8,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..compress.dendrogram import layer_tree
-from ..compress.figures import figure_png, group_dendrogram, load_heatmap
+from ..compress.figures import group_dendrogram, load_heatmap
 from ..compress.plan_file import write_atomically
 from ..compress.report_content import LayerReport
 from ..moe.data import check_tokenizer, token_blocks
 from ..moe.discovery import expert_layers
 from ..moe.documents import load_documents
+from ..moe.figure_style import figure_png
 from ..moe.footprint import PARTS, expert_bytes, footprint
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import LayerStatistics, RoutingStatistics

@@ -105,7 +105,7 @@ def training_arguments(
             f"--report-to {missing[0]} is not installed or not known to Transformers; there are: "
             f"{', '.join(trackers) or 'none'}"
         )
-    _check_launch(options.command)
+    check_launch(options.command)
     try:
         arguments = TrainingArguments(**{**_values(options, folder, start), **file})
     except (TypeError, ImportError) as error:
@@ -152,8 +152,15 @@ def _values(options: TrainingOptions, folder: Path, start: str) -> dict[str, Any
     }
 
 
-def _check_launch(command: str) -> None:
-    """Refuse what `accelerate launch` does with several processes on the CPU: it starts one."""
+def check_launch(command: str) -> None:
+    """Refuse what `accelerate launch` does with several processes on the CPU: it starts one.
+
+    Args:
+        command: Of moekit.
+
+    Raises:
+        ValueError: Says how to start.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if launched and "WORLD_SIZE" not in os.environ:
         raise ValueError(

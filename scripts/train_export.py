@@ -124,8 +124,13 @@ def save_beside(job: TrainingJob, output: Path) -> None:
         return
     job.processor.save_pretrained(output)
     if job.start != "scratch":
-        for path in sorted({path for pattern in LEGAL for path in job.source.folder.glob(pattern)}):
-            shutil.copyfile(path, output / path.name)
+        copy_legal(job.source.folder, output)
+
+
+def copy_legal(folder: Path, output: Path) -> None:
+    """Licences and notices go where the weights go."""
+    for path in sorted({path for pattern in LEGAL for path in folder.glob(pattern)}):
+        shutil.copyfile(path, output / path.name)
 
 
 def verify_saved(model: PreTrainedModel, folder: Path) -> None:

@@ -35,6 +35,16 @@ def read_labelled_rows(source: str) -> list[LabelledRow]:
     path = Path(source).expanduser()
     if path.is_dir() and (rows := _pictures(path)):
         return rows
+    return [_row(row, f"row {number} of '{source}'") for number, row in enumerate(read_rows(source), 1)]
+
+
+def read_rows(source: str) -> list[Any]:
+    """The rows of a .jsonl, .csv, .tsv or .parquet file, or of a dataset's ``train`` split.
+
+    Raises:
+        ValueError: What cannot be read, with the reason; there is no row.
+    """
+    path = Path(source).expanduser()
     if path.is_file() and path.suffix not in ROW_FILES:
         raise ValueError(
             f"data file '{source}' ends in '{path.suffix}', not in one of {', '.join(ROW_FILES)}"
@@ -48,7 +58,7 @@ def read_labelled_rows(source: str) -> list[LabelledRow]:
         raise ValueError(f"data '{source}' cannot be read: {' '.join(str(error).split())}") from error
     if not found:
         raise ValueError(f"data '{source}' has no rows")
-    return [_row(row, f"row {number} of '{source}'") for number, row in enumerate(found, 1)]
+    return found
 
 
 def _file_rows(path: Path) -> Iterable[Any]:

@@ -5,14 +5,14 @@
     head, teacher = fused.Head.of(model.lm_head), fused.TeacherStates(hidden, fused.Head.of(large.lm_head))
     loss = fused.fused_loss(states, head, fused.kl(temperature=2.0), teacher=teacher)
 
-An objective bears the name of the dense loss in `moekit.distill.losses` that it equals; `by_rows` makes one of
-any other dense loss.
+An objective bears the name of the dense loss in `moekit.distill.losses` that it equals; `by_rows` makes one
+of any other dense loss.
 """
 
 from collections.abc import Callable
 
-from .by_rows import by_rows
 from .binary_kl_norm import binary_kl_norm
+from .by_rows import by_rows
 from .chunked import fused_loss
 from .cross_entropy import cross_entropy, cross_entropy_plus
 from .heads import Head, Teacher, TeacherStates, TopK

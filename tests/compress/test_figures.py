@@ -4,13 +4,12 @@ import pytest
 from moekit.compress.dendrogram import layer_tree
 from moekit.compress.figures import (
     fidelity_bars,
-    figure_png,
-    figure_svg,
     group_dendrogram,
     load_heatmap,
     short_names,
     size_bars,
 )
+from moekit.moe.figure_style import figure_png, figure_svg
 
 from .report_samples import make_content
 

@@ -11,7 +11,8 @@ import pytest
 from moekit.compress import report
 from moekit.compress.dendrogram import expert_tree, layer_tree
 from moekit.compress.report import ReportContent, report_dict, write_report
-from moekit.compress.report_html import format_bytes, format_count, report_html
+from moekit.compress.report_html import report_html
+from moekit.moe.html_page import format_bytes, format_count
 
 from .report_samples import make_content, make_layer
 

@@ -2,17 +2,25 @@
 
 import pytest
 import torch
-from moekit.distill import AuxiliaryHeadSpec, DualHeadStudent, GradientAlignment, alignment_factor
+from moekit.distill import (
+    AuxiliaryHeadSpec,
+    DualHeadStudent,
+    GradientAlignment,
+    alignment_factor,
+    head_losses,
+)
 from moekit.distill.aligned_features import align
+from moekit.distill.fused import tiles
 from moekit.distill.gradient_alignment import feature_products, parameter_products
 from moekit.distill.language_head import NonFiniteLogitsError, logit_scale
-from moekit.distill.losses import LOSSES, masked_mean, valid_rows, valid_tokens
+from moekit.distill.losses import LOSSES, ValidRows, masked_mean, valid_rows, valid_tokens
 from moekit.distill.recipe import DistillationRecipe
 from moekit.distill.student import StudentInTraining
 from moekit.distill.task_head import UnsupportedStudentError
 from moekit.distill.teachers import ModelTeacher, NonFiniteTeacherError
 from torch.nn.functional import cross_entropy
 
+from .largest import Largest
 from .students import NUM_LABELS, STUDENTS, inputs_for, student_model
 
 LANGUAGE = sorted(name for name in STUDENTS if name.endswith("-lm"))
@@ -69,7 +77,10 @@ def gradients(student):
 @pytest.mark.parametrize("name", [*LANGUAGE, *SEQUENCES, *TOKENS])
 @pytest.mark.parametrize("values", [DHKD, {"loss": "kl", "temperature": 2.0}, {"loss": "mse"}], ids=str)
 def test_values_and_gradients_equal_the_dense_losses(name, values):
-    recipe = DistillationRecipe(**values)
+    assert_equal_to_dense(name, DistillationRecipe(**values))
+
+
+def assert_equal_to_dense(name, recipe):
     student = in_training(name, recipe).eval()  # no dropout; the losses are the same
     teacher = student_model(name, seed=7)
     inputs, labels, rows = batch_for(name, student.plain)
@@ -85,6 +96,75 @@ def test_values_and_gradients_equal_the_dense_losses(name, values):
     assert found.keys() == wanted.keys()
     for parameter, gradient in wanted.items():
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-lm", "gemma2-lm", "granite-lm"])
+@pytest.mark.parametrize("loss", ["bild", "binary-kl", "dkd", "top-k-kl", "uld"])
+@pytest.mark.parametrize("label_weight", [0.0, 0.5])
+def test_losses_of_rows_equal_the_dense_ones(name, loss, label_weight):
+    options = {"k": 6} if loss in ("bild", "top-k-kl") else {}
+    assert_equal_to_dense(
+        name, DistillationRecipe(loss=loss, weight=2.0, label_weight=label_weight, options=options)
+    )
+
+
+@pytest.mark.parametrize("heads", ["single", "dual"])
+def test_what_the_teacher_does_not_have_is_learned_from_labels(heads):
+    """Labels count at all rows, the teacher at its own, each sum over its own number."""
+    recipe = DistillationRecipe(loss="uld", heads=heads, weight=2.0)
+    student = in_training("llama-lm", recipe).eval()
+    inputs, labels, rows = batch_for("llama-lm", student.plain)
+    assert rows is not None
+    kept = torch.tensor([0, 2, 5])
+    taught = ValidRows(rows.positions[kept], labels[kept], rows.batch_shape)
+    teacher = student_model("gpt2-lm", seed=7)
+    said = ModelTeacher(teacher).says(inputs, taught)
+    parts = student(inputs, labels=labels, rows=rows, said=said, taught=taught, num_items=20, num_taught=5)
+    if heads == "dual":
+        both = student.student(**inputs)
+        logits, heard = both.logits, both.auxiliary_logits
+    else:
+        logits = heard = student.plain(**inputs).logits
+    task = cross_entropy(rows.pack(logits), labels, reduction="sum") / 20
+    loss_N = LOSSES["uld"].function(taught.pack(heard), taught.pack(teacher(**inputs).logits))
+    torch.testing.assert_close(parts["task"], task)
+    torch.testing.assert_close(parts["distillation"], 2 * loss_N.sum() / 5)
+    torch.testing.assert_close(parts["loss"], parts["task"] + parts["distillation"])
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_without_labels_a_language_model_is_measured(name):
+    student = in_training(name, DistillationRecipe()).eval()
+    inputs, labels, rows = batch_for(name, student.plain)
+    assert rows is not None
+    logits = rows.pack(student.plain(**inputs).logits)
+    wanted = [
+        cross_entropy(logits, labels, reduction="none"),
+        torch.ones(len(rows)),
+        logits.argmax(-1) == labels,
+    ]
+    torch.testing.assert_close(student(inputs, rows=rows)["measures"], torch.stack(wanted, 1).detach())
+    torch.testing.assert_close(student(inputs)["logits"], student.plain(**inputs).logits)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("heads", ["single", "dual"])
+def test_logits_of_all_rows_are_never_made(loss, heads, monkeypatch):
+    """84 rows of 40 tokens, 16 at a time; 84 x 24 in the feed-forward layers."""
+    for module in (tiles, head_losses):
+        monkeypatch.setattr(module, "TILE_ROWS", 16)
+    monkeypatch.setattr(tiles, "COLUMN_TILE_ELEMENTS", 16 * 40)
+    options = {"k": 8} if loss == "top-k-kl" else {}
+    student = in_training("llama-lm", DistillationRecipe(loss=loss, heads=heads, options=options))
+    teacher = ModelTeacher(student_model("llama-lm", seed=7))
+    inputs = inputs_for(student.plain, batch=14)
+    rows = valid_rows(inputs["input_ids"])
+    assert len(rows) == 84
+    with Largest() as seen:
+        said = teacher.says(inputs, rows)
+        student(inputs, labels=rows.labels, rows=rows, said=said)["loss"].backward()
+        student(inputs, rows=rows)
+    assert seen.elements < 84 * 40
 
 
 @pytest.mark.parametrize("name", ["llama-lm", "bert-sequence"])
@@ -208,9 +288,9 @@ def test_a_teacher_that_overflows_is_refused_for_that(value):
     with torch.no_grad():
         teacher.lm_head.weight.fill_(value)
         teacher.model.norm.weight.fill_(1e10)
-    with pytest.raises(NonFiniteTeacherError, match="NaN or infinity; .*--teacher-dtype float32"):
+    with pytest.raises(NonFiniteTeacherError, match=r"NaN or infinity; .*--teacher-dtype float32"):
         ModelTeacher(teacher)
-    with pytest.raises(NonFiniteLogitsError, match="LlamaForCausalLM says NaN or infinity in torch.float32"):
+    with pytest.raises(NonFiniteLogitsError, match=r"Llama.* says NaN or infinity in torch\.float32"):
         logit_scale(teacher)
 
 

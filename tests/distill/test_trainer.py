@@ -227,3 +227,35 @@ def test_evaluation_is_the_plain_models(tmp_path):
         logits = trainer.student.plain(batch["input_ids"], batch["attention_mask"]).logits
     wanted = torch.nn.functional.cross_entropy(rows.pack(logits), rows.labels)
     assert found["eval_loss"] == pytest.approx(float(wanted), rel=1e-5)
+    found = trainer.predict(rows_for("llama-lm", 4)).predictions
+    labels = batch["labels"][:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
+    right = (logits[:, :-1].argmax(-1) == labels).sum(1)
+    wanted_B3 = torch.stack([loss.sum(1), (labels != -100).sum(1), right], 1)
+    torch.testing.assert_close(torch.tensor(found), wanted_B3, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_and_teacher_count_their_own_rows(tmp_path):
+    """A teacher with another tokenizer has fewer; cut into micro-batches, the losses are the same."""
+    histories = []
+    for parts in (1, 2):
+        trainer = trainer_for(
+            tmp_path,
+            recipe=DistillationRecipe(loss="uld"),
+            max_steps=1,
+            save_strategy="no",
+            per_device_train_batch_size=4 // parts,
+            gradient_accumulation_steps=parts,
+        )
+        for index, row in enumerate(trainer.train_dataset):
+            row["teacher_positions"] = torch.arange(7).masked_fill(torch.arange(7) % 3 == index % 2, -1)
+        batch = trainer.data_collator(trainer.train_dataset[:4])
+        rows, taught = trainer._rows(batch), trainer._taught(batch)
+        assert 0 < len(taught) < len(rows)
+        assert trainer._get_num_items_in_batch([batch], trainer.args.device) == len(rows)
+        assert trainer.num_taught == len(taught)
+        trainer.train()
+        histories.append(trainer.state.log_history[0])
+    once, cut = histories
+    for name in ("task", "distillation"):
+        assert cut[name] == pytest.approx(once[name], rel=1e-4)

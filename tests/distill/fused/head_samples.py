@@ -70,9 +70,7 @@ OBJECTIVES |= {
     ),
     "one-head-uld": (
         fused.cross_entropy_plus(fused.by_rows(losses.uld, compares_columns=False), 0.5),
-        lambda s, t, y: (
-            torch.nn.functional.cross_entropy(s, y, reduction="none") + 0.5 * losses.uld(s, t)
-        ),
+        lambda s, t, y: torch.nn.functional.cross_entropy(s, y, reduction="none") + 0.5 * losses.uld(s, t),
     ),
 }
 """Fused objective and the dense loss of each row."""

@@ -5,6 +5,7 @@ import torch
 from moekit.distill import fused
 from moekit.distill.fused.tiles import tiles
 
+from ..largest import Largest
 from .head_samples import OBJECTIVES, Sample
 
 NAMES = ["kl", "plain", "binary-none-sum", "binary-mean-mean"]
@@ -113,27 +114,14 @@ def test_chunks_are_of_equal_size_and_cover_everything():
             assert count.eq(1).all()
 
 
-def test_the_logits_of_all_rows_never_exist(monkeypatch):
-    largest = 0
-    mode_class = torch.utils._python_dispatch.TorchDispatchMode
-
-    class Watch(mode_class):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                largest = max(largest, result.untyped_storage().nbytes() // result.element_size())
-            return result
-
+def test_the_logits_of_all_rows_never_exist():
     hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(128, 4, requires_grad=True)
     teacher = fused.TeacherStates(torch.randn(64, 4), fused.Head(weight=torch.randn(128, 4)))
     for objective in (fused.kl(), fused.binary_kl_norm(center="mean")):
-        with Watch():
-            loss = fused.fused_loss(
-                hidden, fused.Head(weight=weight), objective, teacher=teacher, tile_elements=1024
-            )
-        loss.backward()
-    assert largest == 1024
+        with Largest() as seen:
+            head = fused.Head(weight=weight)
+            fused.fused_loss(hidden, head, objective, teacher=teacher, tile_elements=1024).backward()
+        assert seen.elements == 1024
 
 
 def refuse(match, **changes):

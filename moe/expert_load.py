@@ -1,4 +1,4 @@
-"""How evenly a student's experts are used, as a loss, whatever family it is of."""
+"""How evenly a model's experts are used, as a loss, whatever family it is of."""
 
 # T tokens, E experts, K active experts, B batch, S sequence
 
@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..moe import ExpertLayer, load_balance_loss
+from .dropout.balance import load_balance_loss
+from .layer import ExpertLayer
 
 
 @contextmanager

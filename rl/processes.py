@@ -1,0 +1,33 @@
+"""Several processes: that they know of each other, and that DeepSpeed knows of the batch."""
+
+import os
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from .settings import PolicySettings
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Refuse processes that would train each a policy of its own, which several launchers silently do.
+
+    Raises:
+        ValueError: Says how to start.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    kind = accelerator.distributed_type
+    if accelerator.num_processes != started or (started > 1 and kind == DistributedType.NO):
+        raise ValueError(
+            f"{started} processes were started and accelerate knows of {accelerator.num_processes} ({kind.value}); "
+            "on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N, else with accelerate launch"
+        )
+
+
+def prepare_deepspeed(accelerator: Accelerator, settings: PolicySettings) -> None:
+    """Tell DeepSpeed what it would read from a data loader, and where it clips."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    plugin: Any = accelerator.state.deepspeed_plugin
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.micro_batch_size
+    plugin.deepspeed_config["gradient_clipping"] = settings.max_grad_norm

@@ -63,8 +63,8 @@ def logit_scale(model: PreTrainedModel) -> LogitScale:
     product = raw[0].double()
     if not (torch.isfinite(product).all() and torch.isfinite(logits).all()):
         raise NonFiniteLogitsError(
-            f"{type(model).__name__} says NaN or infinity in {raw[0].dtype}; load it in another dtype, or take "
-            "another checkpoint"
+            f"{type(model).__name__} says NaN or infinity in {raw[0].dtype}; load it in another dtype, or "
+            "take another checkpoint"
         )
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     uncapped = logits

@@ -14,7 +14,6 @@ from .language_head import NonFiniteLogitsError, hidden_states, logit_scale
 from .losses import ValidRows
 from .task_head import task_head
 
-
 Said = Tensor | TeacherStates | TopK
 """Logits ``[N, C]``, hidden states with their head, or the likeliest tokens."""
 

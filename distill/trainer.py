@@ -162,7 +162,7 @@ class DistillTrainer(MoETrainer):
             ValueError: All labels of the first step are ignored.
         """
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        count = num_items if self.teacher is None else self.num_taught
+        count: Any = num_items if self.teacher is None else self.num_taught
         if self.state.global_step == 0 and num_items is not None and batches and not int(count):
             raise ValueError(
                 "in the first step no position counts: every label is ignored, is padding, or has no "

@@ -20,6 +20,7 @@ from .options import (
     TrainingOptions,
     TrainOptions,
 )
+from .rl_options import RlOptions
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -29,15 +30,19 @@ JOBS: dict[type[CommonOptions], str] = {
     CompressOptions: "compress",
     TrainOptions: "train",
     DistillOptions: "distill",
+    RlOptions: "rl",
     DemoOptions: "demo",
 }
 """The module of each command; its `run` is imported after parsing, so that `--help` needs no torch."""
+
+RESUMING = CompressOptions | TrainingOptions | RlOptions | DemoOptions
 
 Command = (
     Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[CompressOptions, tyro.conf.subcommand("compress")]
     | Annotated[TrainOptions, tyro.conf.subcommand("train")]
     | Annotated[DistillOptions, tyro.conf.subcommand("distill")]
+    | Annotated[RlOptions, tyro.conf.subcommand("rl")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
 
@@ -67,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone (`moekit ... | head`); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        resumes = isinstance(options, CompressOptions | TrainingOptions | DemoOptions) and not getattr(
-            options, "plan_only", False
-        )
+        resumes = isinstance(options, RESUMING) and not getattr(options, "plan_only", False)
         after = "; the output was not touched, and the same command goes on where it was" if resumes else ""
         _say(f"interrupted{after}")
         return INTERRUPTED
@@ -87,7 +90,8 @@ def parse(argv: Sequence[str]) -> CommonOptions:
         Command,  # pyright: ignore[reportArgumentType]
         prog="moekit",
         description="Look at sparse Mixture-of-Experts language models, make them smaller, make them of "
-        "dense ones, or teach others what they know. `moekit --version` tells the version.",
+        "dense ones, teach others what they know, or improve them by reinforcement learning. "
+        "`moekit --version` tells the version.",
         args=list(argv) or ["--help"],
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

@@ -78,8 +78,7 @@ def _check_resume(options: RlOptions, out: Path) -> None:
     """Refuse `--resume` without anything to go on with."""
     if options.resume and not any((partial_folder(out) / "work" / WORK).glob("step-*")):
         raise ValueError(
-            f"--resume: there is no unfinished run for '{out}' that has written a checkpoint; leave --resume out "
-            "to begin"
+            f"--resume: there is no unfinished run for '{out}' with a checkpoint; leave --resume out to begin"
         )
 
 
@@ -117,6 +116,7 @@ def _train(job: RlJob, output: Path, folder: Path) -> RlRun:
         state=state,
         history=trainer.history.read() if job.is_main else [],
         completions=trainer.completions.read() if job.is_main else [],
+        parameters=sum(p.numel() for p in model.parameters()),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     if job.is_main:
@@ -155,7 +155,7 @@ def _with_adapters(model: Any, options: RlOptions) -> Any:
     except ImportError as error:
         raise ValueError("--lora needs the package peft: pip install 'moekit[rl]'") from error
     assert options.lora is not None
-    alpha = DEFAULT_ALPHA * options.lora if options.lora_alpha is None else options.lora_alpha
+    alpha: Any = DEFAULT_ALPHA * options.lora if options.lora_alpha is None else options.lora_alpha
     targets: Any = list(options.lora_targets) or "all-linear"
     try:
         return get_peft_model(model, LoraConfig(r=options.lora, lora_alpha=alpha, target_modules=targets))

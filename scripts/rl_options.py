@@ -41,8 +41,8 @@ class TaskOptions(CommonOptions):
     model: PolicyModel
     """Folder or hub id of a causal language model, a compressed one above all."""
     data: OptionalText = None
-    """Prompts: rows with a prompt (text, or chat messages) and whatever columns the rewards read, in a .jsonl,
-    .csv, .tsv or .parquet file or a `datasets` name; or reasoning-gym:NAME with settings of the task, such as
+    """Prompts: rows with a prompt (text, or chat messages) and the columns that rewards read, in a .jsonl, .csv,
+    .tsv or .parquet file or a `datasets` name; or reasoning-gym:NAME with settings of the task, such as
     reasoning-gym:chain_sum:min_terms=2,max_terms=3,size=2000."""
     eval_data: OptionalText = None
     """The like, held out; otherwise a part of the data that is not trained on."""
@@ -51,8 +51,8 @@ class TaskOptions(CommonOptions):
     prompt_template: OptionalText = None
     """How a prompt is made of a row's columns, such as "Q: {question}\\nA:" (\\n is a line break)."""
     reward: Names = ("exact-match",)
-    """What completions earn: names of rewards, module:function or file.py:function. The first decides what
-    passes in evaluations."""
+    """What completions earn: names of rewards, module:function or file.py:function. The first decides which
+    completions pass in evaluations."""
     reward_weights: Annotated[tuple[float, ...], arg(metavar="FLOAT ...", help_behavior_hint="")] = ()
     """Of the rewards in their order; 1 each unless said otherwise."""
     reward_timeout: float = 10.0
@@ -74,8 +74,8 @@ class MethodOptions(TaskOptions):
     set: Names = ()
     """Settings of the method, NAME=VALUE each, such as epsilon=0.1."""
     preset: Preset = "none"
-    """Values of options that are not given. tiny: for models of a few million parameters on a CPU. paper: what
-    the method's authors used, as far as it fits."""
+    """Values of options that are not given. tiny: for models of a few million parameters on a CPU. paper:
+    what the method's authors used, as far as it fits."""
     steps: int = 100
     """Rollout steps."""
     prompts_per_step: OptionalInt = None

@@ -1,4 +1,4 @@
-"""The hidden folder of a run that several processes share; one of them makes it, and renames what it holds."""
+"""The hidden folder of a run that several processes share; one makes it, and renames what it holds."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from .options import TrainingOptions, command_line
+from .options import CommonOptions, command_line
 from .record import FORMAT, RUN_FILE, short_name, versions
 from .training_job import TrainingJob
 
@@ -24,6 +24,25 @@ class TrainingRun:
     """What Trainer logged."""
     steps: int
     warnings: tuple[str, ...]
+
+
+@runtime_checkable
+class CardRun(Protocol):
+    """What a card tells of a finished training, whatever the command."""
+
+    @property
+    def job(self) -> Any:
+        """Its options, and what it began with."""
+
+    @property
+    def model_class(self) -> str:
+        """Of the result."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """For the reader."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +78,7 @@ def write_run_file(
         "format": FORMAT,
         "version": 1,
         "command": command_line(options.command, options),
-        "config": _config(options),
+        "config": config_values(options),
         "training": {
             "task": options.task,
             "start": job.start,
@@ -85,7 +104,8 @@ def write_run_file(
     (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _config(options: TrainingOptions) -> dict[str, Any]:
+def config_values(options: CommonOptions) -> dict[str, Any]:
+    """Options as JSON values."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
 
 
@@ -105,12 +125,12 @@ def model_name(model: str) -> str:
     return (path.parent if path.is_file() else path).resolve().name
 
 
-def made_by(run: TrainingRun) -> str:
+def made_by(run: CardRun) -> str:
     """The beginning of a card's summary."""
     return f"Made by moekit {versions()['moekit']} from `{run.job.options.model}`"
 
 
-def write_model_card(run: TrainingRun, folder: Path, card: ModelCard) -> None:
+def write_model_card(run: CardRun, folder: Path, card: ModelCard) -> None:
     """Write `README.md` as the hub shows it."""
     job, options = run.job, run.job.options
     is_hub = job.start != "scratch" and not Path(options.model).exists()

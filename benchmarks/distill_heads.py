@@ -19,8 +19,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,10 @@ VARIANTS: dict[str, Callable[[Case], Tensor]] = {
 }
 
 
-def step(case: Case, variant: str) -> float:
+def step(case: Case, variant: Callable[[Case], Tensor]) -> float:
     """Run forward and backward; CPU seconds, without those of dropping the gradients."""
     start = time.process_time()
-    VARIANTS[variant](case).backward()
+    variant(case).backward()
     seconds = time.process_time() - start
     case.forget()
     return seconds
@@ -156,31 +157,29 @@ def resident(*, peak: bool = False) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def print_memory(config: HeadsConfig, variant: str) -> None:
+def print_memory(size: str, dtype: str, variant: Callable[[Case], Tensor]) -> None:
     """Megabytes that one step adds at its peak."""
-    num_rows, width, vocabulary = SIZES[config.sizes[0]]
-    dtype = DTYPES[config.dtypes[0]]
-    step(Case(8, 16, 64, dtype), variant)
-    case = Case(num_rows, width, vocabulary, dtype)
+    step(Case(8, 16, 64, DTYPES[dtype]), variant)
+    case = Case(*SIZES[size], DTYPES[dtype])
     before = resident()
     step(case, variant)
     print(resident(peak=True) - before)
 
 
-def memory(size: str, dtype: str, variant: str) -> float:
-    """`print_memory` in a process of its own."""
+def memory(program: str, size: str, dtype: str, variant: str) -> float:
+    """`print_memory` in a process of its own, which runs the program for that."""
     options = ["--sizes", size, "--dtypes", dtype, "--memory-of", variant]
-    command = [sys.executable, str(Path(__file__).resolve()), *options]
+    command = [sys.executable, str(Path(program).resolve()), *options]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def times(size: str, dtype: str, rounds: int) -> dict[str, np.ndarray]:
-    """CPU seconds of each variant, one a round."""
-    case, generator = Case(*SIZES[size], DTYPES[dtype]), np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+def times(variants: Iterable[str], run: Callable[[str], float], rounds: int) -> dict[str, np.ndarray]:
+    """CPU seconds of each variant, one a round, in random order; a first round does not count."""
+    generator = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(rounds + 1):
-        for variant in generator.permutation(list(VARIANTS)):
-            seconds[variant].append(step(case, variant))
+        for variant in generator.permutation(list(seconds)):
+            seconds[variant].append(run(variant))
     return {variant: np.array(found[1:]) for variant, found in seconds.items()}
 
 
@@ -191,13 +190,18 @@ def interval(seconds_R: np.ndarray, against_R: np.ndarray | float = 1.0) -> list
     return [float(q) for q in np.quantile(np.median(seconds_R[draws], 1) / below, [0.025, 0.975])]
 
 
+def _step_of(case: Case, variant: str) -> float:
+    return step(case, VARIANTS[variant])
+
+
 def measure(config: HeadsConfig) -> list[dict[str, Any]]:
     """All variants of all sizes, each announced as it ends."""
     rows: list[dict[str, Any]] = []
     for dtype in config.dtypes:
         for size in config.sizes:
-            megabytes = {variant: memory(size, dtype, variant) for variant in VARIANTS}
-            seconds = times(size, dtype, config.rounds)
+            megabytes = {variant: memory(__file__, size, dtype, variant) for variant in VARIANTS}
+            run = partial(_step_of, Case(*SIZES[size], DTYPES[dtype]))
+            seconds = times(VARIANTS, run, config.rounds)
             for variant in VARIANTS:
                 row = {"size": size, "dtype": dtype, "variant": variant, "rounds": config.rounds}
                 row |= {
@@ -219,7 +223,7 @@ def main(config: HeadsConfig) -> None:
     """Measure, write the file, print the table and draw the figure."""
     torch.set_num_threads(config.threads)
     if config.memory_of is not None:
-        print_memory(config, config.memory_of)
+        print_memory(config.sizes[0], config.dtypes[0], VARIANTS[config.memory_of])
         return
     file = config.results / "distill_heads.json"
     if not config.redraw:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import tyro
 from arms import run_missing
-from compress_quality import QualityConfig, calibrate, measure
-from distill_lm import labelled_rows, train
+from compress_quality import QualityConfig, calibrate
+from distill_lm import TextConfig, Texts, load, train
 from moekit.compress import METHODS, apply_plan
 from moekit.distill import train_only_routers
-from moekit.moe import expert_layers, load_documents, split_blocks, token_blocks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from moekit.moe import expert_layers
+from transformers import AutoTokenizer
 
 TEACHER_ALONE = {"loss": "kl", "label_weight": 0.0}
 ARMS: dict[str, tuple[dict[str, Any] | None, bool]] = {
@@ -34,54 +34,37 @@ ARMS: dict[str, tuple[dict[str, Any] | None, bool]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealConfig:
+class HealConfig(TextConfig):
     """Merge experts and heal."""
 
-    model: str
-    """Path or hub id of an SMoE."""
-    train: str
-    """Text with domains."""
-    held_out: str
-    """The like, not trained on."""
     experts: tuple[int, ...] = (8,)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    arms: tuple[str, ...] = tuple(ARMS)
     steps: int = 100
-    seq_len: int = 128
-    batch_size: int = 16
     learning_rate: float = 5e-4
-    eval_tokens: int = 16_384
-    questions: int = 100
     results: Path = Path("benchmarks/results/distill_heal.jsonl")
-    threads: int = 1
 
 
 def main(config: HealConfig) -> None:
     """Run what is missing."""
+    config.check_arms(ARMS)
     torch.set_num_threads(config.threads)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-
-    def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
-
-    original, documents = load(), load_documents(config.train)
-    asked = load_documents(config.held_out)
-    blocks = token_blocks(asked, tokenizer, seq_len=256, seed=0)
-    pool, held_out = split_blocks(blocks, held_out_tokens=config.eval_tokens, seed=0)
+    texts = Texts(config, AutoTokenizer.from_pretrained(config.model))
+    original = load(config.model)
     quality = QualityConfig(model=config.model, data=config.held_out, name="")
 
     def run(experts: int, arm: str, seed: int) -> dict[str, Any]:
-        model = load()
-        plan = METHODS["m-smoe"](expert_layers(model), calibrate(model, pool, quality, seed), experts=experts)
+        model = load(config.model)
+        statistics = calibrate(model, texts.pool, quality, seed)
+        plan = METHODS["m-smoe"](expert_layers(model), statistics, experts=experts)
         apply_plan(model, plan)
         recipe, is_routers = ARMS[arm]
         if recipe is not None:
             if is_routers:
                 train_only_routers(model)
-            train(model, original, recipe, labelled_rows(documents, tokenizer, config, seed), config, seed)
-        found = measure(original, model.eval(), tokenizer, held_out, asked, config.questions)
-        return {"experts": experts, "arm": arm, "seed": seed, **found}
+            train(model, original, recipe, texts.rows(seed), config, seed)
+        return {"experts": experts, "arm": arm, "seed": seed, **texts.measure(original, model)}
 
-    wanted = ((e, arm, seed) for seed in config.seeds for e in config.experts for arm in ARMS)
+    wanted = ((e, arm, seed) for seed in config.seeds for e in config.experts for arm in config.arms)
     run_missing(config.results, ("experts", "arm", "seed"), wanted, run)
 
 

@@ -5,10 +5,15 @@
 Every arm of a seed has the same initial student (the teacher's attention, norms and embedding; new FFNs), the
 same blocks in the same order and the same number of steps. Measured on held-out text and questions:
 perplexity, KL to the teacher, share of equal top-1 tokens, accuracy of generated answers. One JSON line per
-arm and seed; lines that are there are not run again. `distill_report.py` makes the table and the figure.
+arm and seed; lines that are there are not run again, and `--arms` and `--seeds` choose some of the others:
+
+    python benchmarks/distill_lm.py ... --arms "DHKD, mean" --seeds 0
+
+`distill_lm_report.py` makes the table and the figure.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +28,6 @@ from moekit.distill import (
     DistillationRecipe,
     DistillTrainer,
     DualHeadStudent,
-    GradientAlignment,
     ModelTeacher,
     StudentInTraining,
 )
@@ -39,16 +43,14 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "DHKD, mean": DHKD | {"options": {"center": "mean"}},
     "DHKD, logprob": DHKD | {"options": {"center": "logprob"}},
     "DHKD, mean, a twentieth": DHKD | {"options": {"center": "mean"}, "weight": 100 / 4096 / 20},
-    "DHKD, mean, aligned": DHKD | {"options": {"center": "mean"}, "align": True},
-    "BinaryKL-Norm, one head": DHKD | {"heads": "single"},
 }
 """Recipes, beside the labels' loss of weight 1; DHKD has its published weight, 100 / V, or a
 twentieth of it, and a linear second head."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LmConfig:
-    """Distil a language model with each loss."""
+class TextConfig:
+    """What a teacher, its texts and a training of some steps are, here and in `distill_heal.py`."""
 
     model: str
     """Teacher: path or hub id of a Qwen3-MoE."""
@@ -56,18 +58,74 @@ class LmConfig:
     """Text with domains."""
     held_out: str
     """The like, not trained on."""
+    steps: int
+    learning_rate: float
+    results: Path
+    arms: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
+    seq_len: int = 128
+    batch_size: int = 16
+    eval_tokens: int = 16_384
+    questions: int = 100
+    threads: int = 1
+
+    def check_arms(self, known: Iterable[str]) -> None:
+        """Look before work starts.
+
+        Raises:
+            ValueError: An arm that is not among these.
+        """
+        if unknown := [name for name in self.arms if name not in known]:
+            raise ValueError(f"arms {unknown} are not among {list(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmConfig(TextConfig):
+    """Distil a language model with each loss."""
+
     arms: tuple[str, ...] = tuple(ARMS)
     ffn_width: int = 512
     """Of the student's dense FFNs."""
     steps: int = 400
-    seq_len: int = 128
-    batch_size: int = 16
     learning_rate: float = 2e-3
-    eval_tokens: int = 16_384
-    questions: int = 100
     results: Path = Path("benchmarks/results/distill_lm.jsonl")
-    threads: int = 1
+
+
+class Texts:
+    """What students learn from and are judged on."""
+
+    def __init__(self, config: TextConfig, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.documents = load_documents(config.train)
+        self.asked = load_documents(config.held_out)
+        blocks = token_blocks(self.asked, tokenizer, seq_len=256, seed=0)
+        self.pool, self.held_out = split_blocks(blocks, held_out_tokens=config.eval_tokens, seed=0)
+
+    def rows(self, seed: int) -> list[dict[str, Any]]:
+        """The blocks of one training; everything but padding is learned."""
+        config = self.config
+        blocks = token_blocks(
+            self.documents,
+            self.tokenizer,
+            seq_len=config.seq_len,
+            max_tokens=config.steps * config.batch_size * config.seq_len,
+            domain_share="proportional",
+            seed=seed,
+        )
+        labelled = blocks.input_ids.masked_fill(blocks.attention_mask == 0, -100)
+        columns = (blocks.input_ids, blocks.attention_mask, labelled)
+        keys = ("input_ids", "attention_mask", "labels")
+        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def measure(self, teacher: Any, student: Any) -> dict[str, Any]:
+        """All figures of a student."""
+        questions = self.config.questions
+        return measure(teacher, student.eval(), self.tokenizer, self.held_out, self.asked, questions)
+
+
+def load(model: str) -> Any:
+    """In float32."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
 def dense_student(teacher: Any, ffn_width: int, seed: int) -> Any:
@@ -89,10 +147,11 @@ SHARED += ("head_dim", "max_position_embeddings", "rope_parameters", "rms_norm_e
 SHARED += ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def train(student: Any, teacher: Any, arm: dict[str, Any] | None, rows: Any, config: Any, seed: int) -> None:
+def train(
+    student: Any, teacher: Any, arm: dict[str, Any] | None, rows: Any, config: TextConfig, seed: int
+) -> None:
     """Minimise one arm's loss."""
     settings = dict(arm or {})
-    is_aligned = settings.pop("align", False)
     recipe = DistillationRecipe(**settings)
     trained = (
         DualHeadStudent(student, AuxiliaryHeadSpec(kind="linear")) if recipe.heads == "dual" else student
@@ -112,68 +171,36 @@ def train(student: Any, teacher: Any, arm: dict[str, Any] | None, rows: Any, con
         use_cpu=True,
     )
     DistillTrainer(
-        model=StudentInTraining(trained, recipe, alignment=GradientAlignment() if is_aligned else None),
+        model=StudentInTraining(trained, recipe),
         args=arguments,
         train_dataset=rows,
         teacher=None if arm is None else ModelTeacher(teacher),
     ).train()
 
 
-def labelled_rows(documents: Any, tokenizer: Any, config: Any, seed: int) -> list[dict[str, Any]]:
-    """The blocks of one training; everything but padding is learned."""
-    blocks = token_blocks(
-        documents,
-        tokenizer,
-        seq_len=config.seq_len,
-        max_tokens=config.steps * config.batch_size * config.seq_len,
-        domain_share="proportional",
-        seed=seed,
-    )
-    labelled = blocks.input_ids.masked_fill(blocks.attention_mask == 0, -100)
-    columns = (blocks.input_ids, blocks.attention_mask, labelled)
-    keys = ("input_ids", "attention_mask", "labels")
-    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def run(name: str, seed: int, config: LmConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Train and measure one student."""
-    teacher, tokenizer = given["teacher"], given["tokenizer"]
-    rows = labelled_rows(given["documents"], tokenizer, config, seed)
+def run(name: str, seed: int, *, config: LmConfig, teacher: Any, texts: Texts) -> dict[str, Any]:
+    """Train and measure one student, or measure the teacher."""
+    if name == "teacher":
+        found = texts.measure(teacher, teacher)
+        return {"arm": name, "seed": seed, **found, "parameters": teacher.num_parameters()}
+    rows = texts.rows(seed)
     student = dense_student(teacher, config.ffn_width, seed)
     start = time.perf_counter()
     train(student, teacher, ARMS[name], rows, config, seed)
     seconds = time.perf_counter() - start
-    student.eval()
-    found = measure(teacher, student, tokenizer, given["held_out"], given["asked"], config.questions)
     tokens = sum(int(row["attention_mask"].sum()) for row in rows)
     sizes = {"parameters": student.num_parameters(), "tokens": tokens, "seconds": round(seconds)}
-    return {"arm": name, "seed": seed, **found, **sizes}
+    return {"arm": name, "seed": seed, **texts.measure(teacher, student), **sizes}
 
 
 def main(config: LmConfig) -> None:
     """Run what is missing; the teacher first."""
+    config.check_arms(ARMS)
     torch.set_num_threads(config.threads)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    teacher: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
-    asked = load_documents(config.held_out)
-    blocks = token_blocks(asked, tokenizer, seq_len=256, seed=0)
-    _, held_out = split_blocks(blocks, held_out_tokens=config.eval_tokens, seed=0)
-    given = {
-        "teacher": teacher,
-        "tokenizer": tokenizer,
-        "documents": load_documents(config.train),
-        "held_out": held_out,
-        "asked": asked,
-    }
-
-    def run_one(name: str, seed: int) -> dict[str, Any]:
-        if name != "teacher":
-            return run(name, seed, config, given)
-        found = measure(teacher, teacher, tokenizer, held_out, asked, config.questions)
-        return {"arm": name, "seed": seed, **found, "parameters": teacher.num_parameters()}
-
+    texts = Texts(config, AutoTokenizer.from_pretrained(config.model))
     wanted = [("teacher", 0), *((arm, seed) for seed in config.seeds for arm in config.arms)]
-    run_missing(config.results, ("arm", "seed"), wanted, partial(run_one))
+    ask = partial(run, config=config, teacher=load(config.model), texts=texts)
+    run_missing(config.results, ("arm", "seed"), wanted, ask)
 
 
 if __name__ == "__main__":

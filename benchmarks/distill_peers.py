@@ -13,9 +13,6 @@ they have kernels that do not run here. Time and memory are measured as in `dist
 # N rows, V vocabulary, D hidden width, R rounds
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from distill_heads import DTYPES, SIZES, Case, interval, resident
+from distill_heads import DTYPES, SIZES, Case, interval, memory, print_memory, step, times
 from dropout_report import insert_table, markdown
 from moekit.distill import fused, losses
 from torch import Tensor
@@ -83,22 +80,6 @@ def liger(case: Case) -> Tensor:
 VARIANTS: dict[str, Callable[[Case], Tensor]] = {BASE: dense, "moekit": ours, "TRL": trl, "Liger": liger}
 
 
-def step(case: Case, variant: str) -> float:
-    """CPU seconds of forward and backward."""
-    start = time.process_time()
-    VARIANTS[variant](case).backward()
-    seconds = time.process_time() - start
-    case.forget()
-    return seconds
-
-
-def memory(size: str, dtype: str, variant: str) -> float:
-    """Megabytes that a step adds, in a process of its own."""
-    options = ["--sizes", size, "--dtypes", dtype, "--memory-of", variant]
-    command = [sys.executable, str(Path(__file__).resolve()), *options]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
 def check_alike(case: Case) -> None:
     """Refuse to compare different losses."""
     values = {name: float(variant(case).detach()) for name, variant in VARIANTS.items()}
@@ -109,17 +90,14 @@ def check_alike(case: Case) -> None:
 
 def compare(size: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
     """All variants of one size and dtype, interleaved."""
-    case, generator = Case(*SIZES[size], DTYPES[dtype]), np.random.default_rng(0)
+    case = Case(*SIZES[size], DTYPES[dtype])
     if dtype == "float32":
         check_alike(case)
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for _ in range(rounds + 1):
-        for variant in generator.permutation(list(VARIANTS)):
-            seconds[variant].append(step(case, variant))
-    found = {variant: np.array(values[1:]) for variant, values in seconds.items()}
+    found = times(VARIANTS, lambda variant: step(case, VARIANTS[variant]), rounds)
     rows = []
     for variant in VARIANTS:
-        row = {"size": size, "dtype": dtype, "variant": variant, "megabytes": memory(size, dtype, variant)}
+        row: dict[str, Any] = {"size": size, "dtype": dtype, "variant": variant}
+        row["megabytes"] = memory(__file__, size, dtype, variant)
         row["seconds"] = float(np.median(found[variant]))
         row["time_to_dense"] = row["seconds"] / float(np.median(found[BASE]))
         row["time_to_dense_95"] = interval(found[variant], found[BASE])
@@ -147,12 +125,7 @@ def main(config: PeersConfig) -> None:
     """Measure, write the file and the table."""
     torch.set_num_threads(1)
     if config.memory_of is not None:
-        dtype = DTYPES[config.dtypes[0]]
-        step(Case(8, 16, 64, dtype), config.memory_of)
-        case = Case(*SIZES[config.sizes[0]], dtype)
-        before = resident()
-        step(case, config.memory_of)
-        print(resident(peak=True) - before)
+        print_memory(config.sizes[0], config.dtypes[0], VARIANTS[config.memory_of])
         return
     try:
         versions = {name: version(name) for name in ("trl", "liger-kernel", "torch")}

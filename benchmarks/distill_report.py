@@ -7,6 +7,7 @@ first weights and batches with labels only.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,16 @@ class ReportConfig:
     document: Path = Path("docs/distill.md")
 
 
-def gains(rows: list[Row], arm: str) -> list[float]:
-    """Accuracy of an arm less that of its seed with labels only, in points."""
-    base = {row["seed"]: row["accuracy"] for row in rows if row["arm"] == BASE}
-    return [100 * (row["accuracy"] - base[row["seed"]]) for row in rows if row["arm"] == arm]
+def points(row: Row) -> float:
+    """Accuracy in percent."""
+    return 100 * row["accuracy"]
+
+
+def gains(rows: list[Row], arm: str, base: str = BASE, value: Callable[[Row], float] = points) -> list[float]:
+    """A value of an arm less that of the same seed of another, by default accuracy against labels only."""
+    against = {row["seed"]: value(row) for row in rows if row["arm"] == base}
+    mine = [row for row in rows if row["arm"] == arm and row["seed"] in against]
+    return [value(row) - against[row["seed"]] for row in mine]
 
 
 def arms_of(rows: list[Row]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from distill_heads import interval
+from distill_heads import interval, times
 from dropout_report import insert_table, markdown
 from moekit.distill import (
     AuxiliaryHeadSpec,
@@ -92,12 +92,12 @@ def main(config: StepConfig) -> None:
     teacher = ModelTeacher(model(config.teacher_layers, 1))
     students = {name: student(name, config.layers) for name in VARIANTS}
     ids = torch.randint(SHAPE["vocab_size"], (1, config.tokens), generator=torch.Generator().manual_seed(0))
-    batch, generator = {"input_ids": ids, "labels": ids}, np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for _ in range(config.rounds + 1):
-        for name in generator.permutation(list(VARIANTS)):
-            seconds[name].append(step(students[name], None if name == "labels only" else teacher, batch))
-    found = {name: np.array(values[1:]) for name, values in seconds.items()}
+    batch = {"input_ids": ids, "labels": ids}
+
+    def run(name: str) -> float:
+        return step(students[name], None if name == "labels only" else teacher, batch)
+
+    found = times(VARIANTS, run, config.rounds)
     rows = []
     for name, values in found.items():
         ratio = float(np.median(values) / np.median(found[BASE]))

@@ -209,7 +209,7 @@ class DistillTrainer(MoETrainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss and lambda."""
+        """Add the parts of the loss and lambda, means since the last log."""
         if "loss" in logs:
             self.check_finite()
             is_averaged = self.args.average_tokens_across_devices
@@ -217,12 +217,12 @@ class DistillTrainer(MoETrainer):
                 mean: Any = self.accelerator.reduce(total.float(), "mean")
                 if name == "expert_load":
                     logs[name] = float(mean) / max(self.num_batches, 1)
+                elif name == "alignment_factor":  # once a step, the same in every process
+                    logs[name] = float(mean) / max(self.num_steps, 1)
                 else:  # whose micro-batches add up to a step
                     processes = self.accelerator.num_processes if is_averaged else 1
                     logs[name] = float(mean) * processes / max(self.num_steps, 1)
             self.sums, self.num_batches, self.num_steps = {}, 0, 0
-            if self.student.alignment is not None and self.teacher is not None:
-                logs["alignment_factor"] = float(self.student.alignment.factor)
         super().log(logs, start_time)
 
     def finish_step(self) -> None:
@@ -230,6 +230,8 @@ class DistillTrainer(MoETrainer):
         self.num_steps += 1
         if (alignment := self.student.alignment) is not None:
             alignment.finish_step()
+            if self.teacher is not None:
+                self.sums["alignment_factor"] = self.sums.get("alignment_factor", 0) + alignment.factor.detach()
         self.stop_when_due()
 
     def stop_when_due(self) -> None:

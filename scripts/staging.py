@@ -119,7 +119,7 @@ def staged_folder(out: Path, fingerprint: Mapping[str, Any], *, replace: bool = 
     try:
         check_output(out, replace=replace)
         staging = _prepare(out, fingerprint)
-        with _explaining_full_disk(staging):
+        with _leaving_nothing_empty(staging, lock), _explaining_full_disk(staging):
             yield staging
             check_output(out, replace=replace)
             _publish(staging)
@@ -180,6 +180,18 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _leaving_nothing_empty(staging: Staging, lock: FileLock) -> Iterator[None]:
+    """Remove the hidden folder of a run that failed before it had written anything."""
+    try:
+        yield
+    except BaseException:
+        if not any(path.is_file() for part in (staging.output, staging.work) for path in part.rglob("*")):
+            shutil.rmtree(staging.folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

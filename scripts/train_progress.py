@@ -13,7 +13,7 @@ SHOWN = {
     "loss": "loss {:.4g}",
     "task": "labels {:.4g}",
     "distillation": "teacher {:.4g}",
-    "alignment_factor": "last factor {:.3g}",
+    "alignment_factor": "factor {:.3g}",
     "eval_cross_entropy": "held-out loss {:.4g}",
     "eval_accuracy": "accuracy {:.1%}",
     "active_experts": "k {:.3g}",

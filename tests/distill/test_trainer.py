@@ -259,3 +259,14 @@ def test_labels_and_teacher_count_their_own_rows(tmp_path):
     once, cut = histories
     for name in ("task", "distillation"):
         assert cut[name] == pytest.approx(once[name], rel=1e-4)
+
+
+def test_the_factor_that_is_logged_is_the_mean_since_the_last(tmp_path):
+    each = trainer_for(tmp_path / "a", alignment=GradientAlignment())
+    each.train()
+    factors = [row["alignment_factor"] for row in each.state.log_history if "loss" in row]
+    every_third = trainer_for(tmp_path / "b", alignment=GradientAlignment(), logging_steps=3)
+    every_third.train()
+    logged = [row["alignment_factor"] for row in every_third.state.log_history if "loss" in row]
+    assert len(set(factors)) > 2
+    assert logged == pytest.approx([sum(factors[:3]) / 3, sum(factors[3:]) / 3])

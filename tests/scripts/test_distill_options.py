@@ -90,6 +90,8 @@ def test_every_option_of_a_loss_is_one_of_some_loss():
         (("--loss", "skewed-kl", "--skew", 1), "skew=1.0 is not"),
         (("--loss", "top-k-kl", "--top-k", 0), "--top-k 0 is not a positive number"),
         (("--loss", "top-k-kl", "--top-k", 400), "k=400 is not between 1 and the 300 classes"),
+        (("--loss", "bild", "--top-k", 2), "k=2 is not between 3 and the"),
+        (("--loss", "bild", "--top-k", 100_000), "k=100000 is not between 3 and the 300 classes"),
         (("--temperature", 0), "--temperature 0.0 is not a positive number"),
         (("--weight", -1), "weight=-1.0 is not a finite number of at least 0"),
         (("--label-weight", "nan"), "label_weight=nan is not a finite number of at least 0"),
@@ -210,7 +212,7 @@ def test_a_borrowed_tokenizer_has_to_fit(judge, rows, tmp_path, refused):
 
 def test_a_teacher_without_the_head(dense, checkpoint, rows, tmp_path, capsys):
     assert distill(dense, checkpoint, rows, tmp_path / "out", *CLASSIFY) == 2
-    says = "has no head for --task classification that fits its config.json (score.weight), so it was not trai"
+    says = "has no head for --task classification that fits its config.json (score.weight), so it was"
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -207,7 +207,7 @@ def test_sharding_that_was_left_out_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("names", [("sums", "salad"), ("sums", "other")])
 def test_a_model_keeps_the_order_of_its_labels(rows, tmp_path, names):
-    """Its head's rows would stand for others; labels that are not its own have no order but the alphabet's."""
+    """Its head's rows would stand for others; other labels have no order but the alphabet's."""
     model = tiny_llama()
     model.config.id2label = dict(enumerate(names))
     config = write_config(tmp_path / "model", model)

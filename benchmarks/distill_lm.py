@@ -151,8 +151,7 @@ def train(
     student: Any, teacher: Any, arm: dict[str, Any] | None, rows: Any, config: TextConfig, seed: int
 ) -> None:
     """Minimise one arm's loss."""
-    settings = dict(arm or {})
-    recipe = DistillationRecipe(**settings)
+    recipe = DistillationRecipe(**(arm or {}))
     trained = (
         DualHeadStudent(student, AuxiliaryHeadSpec(kind="linear")) if recipe.heads == "dual" else student
     )

@@ -3,11 +3,11 @@
     pip install 'moekit[rl]'
     python benchmarks/rl_methods.py
 
-The policy is the bundled model, compressed by `moekit compress` to half its experts; the task sums of two or three
-numbers of one or two digits (reasoning-gym), rewarded 1 for the right number and 0 otherwise. Every arm has the same
-prompts in the same order, samples, learning rate and optimizer steps where its mathematics allows; nothing was tuned
-for an arm. Demonstrations (RL-PLUS) are the right answers. A run that is there already is not run again. Appends to
-`benchmarks/results/rl_methods.jsonl`; `rl_report.py` makes tables and figures of it.
+The policy is the bundled model, compressed by `moekit compress` to half its experts; the task sums of two or
+three numbers of one or two digits (reasoning-gym), rewarded 1 for the right number and 0 otherwise. Every arm
+has the same prompts in the same order, samples, learning rate and optimizer steps where its mathematics allows;
+nothing was tuned for an arm. Demonstrations (RL-PLUS) are the right answers. A run that is there already is not
+run again. Appends to `benchmarks/results/rl_methods.jsonl`; `rl_report.py` makes tables and figures of it.
 """
 
 import json
@@ -61,7 +61,7 @@ ARMS = {
     "Clip-Cov": _arm("clip-cov", TWO_UPDATES, share=0.02),
     "KL-Cov": _arm("kl-cov", TWO_UPDATES, share=0.02),
     "RL-PLUS": _arm("rl-plus"),
-    "HBPO": _arm("hbpo", budget_prefix=""),
+    "HBPO": _arm("hbpo", budget_prefix=" {budget}:"),
     "ROVER": _arm("rover", TWO_UPDATES),
     "DPH-RL": _arm("dph-rl"),
     "EPO": _arm("epo"),
@@ -142,7 +142,7 @@ def run(config: MethodsConfig, policy: Path, name: str, seed: int) -> dict[str, 
             model,
             tokenizer,
             ALGORITHMS[arm.algorithm].with_settings(**arm.settings),
-            RewardSet([load_reward("exact-match")]),
+            RewardSet([load_reward("number")]),
             task(tokenizer, 2000, TRAIN_SEED),
             settings_of(config, arm, seed),
             folder=Path(folder),

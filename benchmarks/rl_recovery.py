@@ -4,8 +4,8 @@
     python benchmarks/rl_recovery.py
 
 Policy and task are those of `rl_methods.py`; another set of held-out sums judges every model, with the same
-seeds of sampling. Healing is `moekit distill` of the compressed model on task texts of the training prompts (KL
-to the original, no labels); RL is GRPO. Everything has three seeds. Appends to
+seeds of sampling. Healing is `moekit distill` of the compressed model on task texts of the training prompts
+(KL to the original, no labels); RL is GRPO. Everything has three seeds. Appends to
 `benchmarks/results/rl_recovery.jsonl`; `rl_report.py` makes the table and the figure of it.
 """
 

@@ -29,11 +29,12 @@ class AuxiliaryHeadSpec:
     """Of the bottleneck."""
     norm: str = "auto"
     """Of the bottleneck: ``batch`` as in the paper, for one feature an example; ``rms`` for tokens, whose
-    number and padding batch statistics would depend on. ``auto`` goes by what the task head reads."""
+    number and padding batch statistics would depend on; or ``none``. ``auto`` is ``batch`` or ``rms``, by
+    what the task head reads. With ``batch`` the loss depends on how a batch is cut into micro-batches."""
 
     def __post_init__(self) -> None:
         """Check everything."""
-        kinds, norms = ("linear", "bottleneck", "copy"), ("auto", "batch", "rms")
+        kinds, norms = ("linear", "bottleneck", "copy"), ("auto", "batch", "rms", "none")
         if self.kind not in kinds:
             raise ValueError(f"auxiliary head kind={self.kind!r} is not one of {', '.join(kinds)}")
         if self.norm not in norms:
@@ -68,14 +69,18 @@ def build_auxiliary_head(head: TaskHead, spec: AuxiliaryHeadSpec, num_classes: i
         return nn.Linear(head.num_features, num_classes, **where)
     if spec.kind == "copy":
         return _copy(head, num_classes)
-    norm = _norm(head, spec)
     return nn.Sequential(
         nn.Linear(head.num_features, spec.width, **where),
         nn.Dropout(spec.dropout),
-        norm(spec.width, **where),
+        _norm(head, spec)(spec.width, **where),
         nn.ReLU(),
         nn.Linear(spec.width, num_classes, **where),
     )
+
+
+def has_batch_norm(head: nn.Module) -> bool:
+    """Whether what an auxiliary head says of an example depends on the others of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in head.modules())
 
 
 def _copy(head: TaskHead, num_classes: int) -> nn.Linear:
@@ -99,8 +104,8 @@ def _norm(head: TaskHead, spec: AuxiliaryHeadSpec) -> type[nn.Module]:
             "norm='batch' is for one feature an example, and this student has one for each token, padding "
             "included; use norm='rms'"
         )
-    is_rms = spec.norm == "rms" or (spec.norm == "auto" and head.reads_tokens)
-    return _RMSNorm if is_rms else _BatchNorm
+    chosen = ("rms" if head.reads_tokens else "batch") if spec.norm == "auto" else spec.norm
+    return {"batch": _BatchNorm, "rms": _RMSNorm, "none": nn.Identity}[chosen]
 
 
 class _RMSNorm(nn.RMSNorm):

@@ -154,6 +154,10 @@ class DualHeadStudent(nn.Module):
             features = module(features)
         return features, last
 
+    def share_batch_statistics(self) -> None:
+        """Let the auxiliary head's BatchNorm, if it has one, take its statistics over all processes."""
+        self.auxiliary_head = nn.SyncBatchNorm.convert_sync_batchnorm(self.auxiliary_head)
+
     def export(self) -> PreTrainedModel:
         """The plain model, which never knew of the auxiliary head."""
         return self.model

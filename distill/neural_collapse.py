@@ -92,6 +92,9 @@ def gradient_cosine(loss: Float[Tensor, ""], other: Float[Tensor, ""], parameter
 
     The graphs are kept. NaN where a loss reaches none of the parameters.
     """
-    gradients = [torch.autograd.grad(part, parameters, retain_graph=True) for part in (loss, other)]
+    gradients = [
+        torch.autograd.grad(part, parameters, retain_graph=True, materialize_grads=True)
+        for part in (loss, other)
+    ]
     first, second = (torch.cat([g.double().flatten() for g in found]) for found in gradients)
     return float(first.dot(second) / (first.norm() * second.norm()))

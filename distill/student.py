@@ -182,10 +182,12 @@ class StudentInTraining(nn.Module):
         return alignment.factor.to(task.dtype) * task + distilled
 
     def _measured_parameters(self, alignment: GradientAlignment) -> list[nn.Parameter]:
+        """Of "backbone" those that both losses reach: a head that is tied is an embedding too."""
         if alignment.where == "all":
             return list(self.parameters())
-        heads = {id(p) for p in self.head.linear.parameters()}
-        return [p for p in self.plain.parameters() if id(p) not in heads]
+        plain, head = self.plain, self.head.name + "."
+        named = plain.named_parameters(remove_duplicate=False)
+        return list({id(p): p for name, p in named if not name.startswith(head)}.values())
 
     def _language_losses(
         self,

@@ -2,6 +2,7 @@
 
 # B batch, S sequence, N rows that count
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,23 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..moe.checkpoint import save_checkpoint
 from ..moe.trainer import MoETrainer, check_one_gpu, reload_weights
+from .auxiliary_head import has_batch_norm
 from .counted import TEACHER_POSITIONS, counted_rows, labelled_rows
 from .dual_head import HEAD_FILE, SPEC_FILE, DualHeadStudent
 from .losses import ValidRows, masked_mean
 from .student import StudentInTraining
 from .teachers import Teacher, model_inputs
+from .trainer_checks import check_alignment, check_sharded_heads, check_stop_epoch
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT_FILE = "gradient_alignment.safetensors"
+ROWS = "counted_rows"
+"""Key of a training batch: which of its rows count, and which of those the teacher has; found once."""
+OWN_ARGUMENTS = ("remove_unused_columns", "label_names", "logging_nan_inf_filter")
+"""TrainingArguments that `DistillTrainer` sets itself."""
+SYNCHRONISED = ("cuda", "xpu", "hpu")
+"""Devices of which torch can take batch statistics over several processes."""
 PARTS = ("task", "distillation", "expert_load")
 
 
@@ -40,12 +51,13 @@ class DistillTrainer(MoETrainer):
         *args: As for Trainer; the model is a `StudentInTraining`.
         teacher: Model or cache; ``None`` for labels only.
         stop_epoch: From this epoch on, counted from 0, there is no teacher: it is dropped, and the auxiliary
-            head with it.
-        **kwargs: As for Trainer.
+            head with it. Nothing else may hold the teacher, or it stays in memory.
+        **kwargs: As for Trainer. Of its arguments, ``remove_unused_columns`` and ``logging_nan_inf_filter``
+            are switched off.
 
     Raises:
-        ValueError: An alignment over parameters that several processes or micro-batches share, ZeRO-3, or
-            several GPUs in one process.
+        ValueError: An alignment over parameters that several processes or micro-batches share, ZeRO-3,
+            several GPUs in one process, other ``label_names``, or a `stop_epoch` that does not come.
     """
 
     loss_is_scaled_for_ga = True
@@ -54,6 +66,11 @@ class DistillTrainer(MoETrainer):
         self, *args: Any, teacher: Teacher | None, stop_epoch: float | None = None, **kwargs: Any
     ) -> None:
         arguments: TrainingArguments = kwargs["args"]
+        if arguments.label_names not in (None, ["labels"]):
+            raise ValueError(
+                f"label_names={arguments.label_names}: distillation reads 'labels'; leave label_names out of "
+                "the training arguments, and name the column so"
+            )
         arguments.remove_unused_columns = False  # the student's forward does not name its inputs
         arguments.label_names = ["labels"]
         arguments.logging_nan_inf_filter = False  # which would hide them
@@ -77,11 +94,7 @@ class DistillTrainer(MoETrainer):
         return found
 
     def _check(self) -> None:
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError(
-                "distillation works on whole heads, which DeepSpeed ZeRO-3 divides; take ZeRO-2 or FSDP2"
-            )
+        check_sharded_heads(self.args)
         for name in ("label_smoothing_factor", "torch_compile"):
             if getattr(self.args, name):
                 raise ValueError(
@@ -90,6 +103,27 @@ class DistillTrainer(MoETrainer):
         check_one_gpu(self.args, "distillation")
         if self.student.alignment is not None:
             check_alignment(self.student.alignment.where, self.args)
+        if self.stop_epoch is not None and hasattr(self.train_dataset, "__len__"):
+            check_stop_epoch(self.stop_epoch, self.args, len(self.train_dataset))  # pyright: ignore
+        if isinstance(self.student.student, DualHeadStudent):
+            self._share_batch_statistics(self.student.student)
+
+    def _share_batch_statistics(self, student: DualHeadStudent) -> None:
+        """Take the statistics of BatchNorm over all processes if that can be, and say where they are of less."""
+        if not has_batch_norm(student.auxiliary_head):
+            return
+        processes, parts = self.args.world_size, self.args.gradient_accumulation_steps
+        if processes > 1 and self.args.device.type in SYNCHRONISED:
+            student.share_batch_statistics()
+            processes = 1
+        if max(processes, parts) > 1 and self.args.process_index == 0:
+            logger.warning(
+                "the second head's BatchNorm takes its statistics of one micro-batch of one process, and a "
+                "step has %d x %d, so the loss depends on how a batch is cut; norm='rms' "
+                "(--auxiliary-norm rms) does not",
+                parts,
+                processes,
+            )
 
     def compute_loss(
         self,
@@ -99,14 +133,13 @@ class DistillTrainer(MoETrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the recipe's loss in training, and the plain model's cross-entropy in evaluation."""
-        rows = self._rows(inputs)
+        rows, taught = inputs.pop(ROWS) if ROWS in inputs else self._counted(inputs)
         labels = inputs["labels"] if rows is None else rows.labels
         if not model.training:
             return self._evaluate_batch(model, inputs, labels, rows, return_outputs)
         student = self.student
         if student.alignment is not None:
             student.alignment.begin_step(self.state.global_step, self.current_gradient_accumulation_steps)
-        taught = self._taught(inputs)
         said = None if self.teacher is None else self.teacher.says(inputs, rows if taught is None else taught)
         parts = model(
             model_inputs(inputs),
@@ -144,14 +177,13 @@ class DistillTrainer(MoETrainer):
             loss = nn.functional.cross_entropy(logits.float(), labels_N)
         return (loss, outputs) if return_outputs else loss
 
-    def _rows(self, inputs: Mapping[str, Any]) -> ValidRows | None:
-        return labelled_rows(inputs, is_language_model=self.student.scale is not None)
-
-    def _taught(self, inputs: Mapping[str, Any]) -> ValidRows | None:
-        """Those of the rows that a teacher with another tokenizer has too; ``None`` for all."""
+    def _counted(self, inputs: Mapping[str, Any]) -> tuple[ValidRows | None, ValidRows | None]:
+        """The rows that count; and those that a teacher with another tokenizer has too, ``None`` for all."""
+        is_language_model = self.student.scale is not None
+        rows = labelled_rows(inputs, is_language_model=is_language_model)
         if TEACHER_POSITIONS not in inputs:
-            return None
-        return counted_rows(inputs, is_language_model=self.student.scale is not None)
+            return rows, None
+        return rows, counted_rows(inputs, is_language_model=is_language_model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of a step, and refuse to begin with one in which nothing counts.
@@ -177,7 +209,7 @@ class DistillTrainer(MoETrainer):
         """
         counts = []
         for batch in batch_samples:
-            rows, taught = self._rows(batch), self._taught(batch)
+            rows, taught = batch[ROWS] = self._counted(batch)
             count = len(batch["labels"]) if rows is None else len(rows)
             counts.append([count, count if taught is None else len(taught)])
         total: Any = torch.tensor(counts, dtype=torch.long, device=device).view(-1, 2).sum(0)
@@ -236,11 +268,8 @@ class DistillTrainer(MoETrainer):
 
     def stop_when_due(self) -> None:
         """Begin the second phase if its epoch has come."""
-        if self._is_over(self.state):
+        if _is_over(self.state, self.stop_epoch):
             self.stop_distilling()
-
-    def _is_over(self, state: TrainerState) -> bool:
-        return self.stop_epoch is not None and (state.epoch or 0) >= self.stop_epoch
 
     def stop_distilling(self) -> None:
         """Drop the teacher and, where nothing divides or watches it, the auxiliary head from memory."""
@@ -294,40 +323,39 @@ class DistillTrainer(MoETrainer):
         folder, student = Path(resume_from_checkpoint), self.student
         reload_weights(student.plain, folder)
         if isinstance(student.student, DualHeadStudent):
-            names = [SPEC_FILE, HEAD_FILE] + ([] if student.alignment is None else [ALIGNMENT_FILE])
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing == names and self._is_over(
-                TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-            ):
+            lost = lost_file(folder, is_aligned=student.alignment is not None, stop_epoch=self.stop_epoch)
+            if lost is not None:
+                raise ValueError(
+                    f"checkpoint '{folder}' lacks {lost}; remove the checkpoint, and the same command goes "
+                    "on from the one before"
+                )
+            if not (folder / HEAD_FILE).is_file():
                 self.stop_distilling()
                 return
-            if missing:
-                raise ValueError(
-                    f"checkpoint '{folder}' lacks {missing[0]}; remove the checkpoint, and the same command "
-                    "goes on from the one before"
-                )
             student.student.load_auxiliary_head(folder)
         if student.alignment is not None:
             student.alignment.load_state_dict(load_file(folder / ALIGNMENT_FILE))
 
 
-def check_alignment(where: str, arguments: TrainingArguments) -> None:
-    """Refuse to align by the gradients of parameters where no process has them whole.
+def lost_file(checkpoint: Path, *, is_aligned: bool, stop_epoch: float | None) -> str | None:
+    """Name a file of the second head that a checkpoint should have and lacks; ``None`` if it is whole.
 
     Args:
-        where: Of the alignment.
-        arguments: Of the training.
-
-    Raises:
-        ValueError: Says what there is, and to align at the features.
+        checkpoint: Of a student with two heads, which nothing divides.
+        is_aligned: Whether the run aligns gradients.
+        stop_epoch: After which a checkpoint may have no second head at all.
     """
-    parts = arguments.gradient_accumulation_steps
-    if where != "features" and (arguments.world_size > 1 or parts > 1):
-        raise ValueError(
-            f"gradients can be aligned over parameters ({where}) only where one process has the whole batch "
-            f"at once; here are {arguments.world_size} processes and {parts} micro-batches: align at the "
-            "features"
-        )
+    names = [SPEC_FILE, HEAD_FILE] + ([ALIGNMENT_FILE] if is_aligned else [])
+    missing = [name for name in names if not (checkpoint / name).is_file()]
+    if not missing:
+        return None
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return None if missing == names and _is_over(state, stop_epoch) else missing[0]
+
+
+def _is_over(state: TrainerState, stop_epoch: float | None) -> bool:
+    """Whether the first phase is."""
+    return stop_epoch is not None and (state.epoch or 0) >= stop_epoch
 
 
 class _StepEnd(TrainerCallback):

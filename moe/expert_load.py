@@ -5,6 +5,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -27,20 +28,31 @@ def collect_expert_load(
     Yields:
         A function that gives the mean over layers of `load_balance_loss`; to be called after the forward.
     """
-    logits: dict[str, Tensor] = {}
+    shown: dict[str, Tensor] = {}
     chosen: dict[str, Tensor] = {}
     counted_T = None if attention_mask is None else attention_mask.flatten() != 0
+
+    def note_logits(layer: ExpertLayer, module: Any, args: Any, output: Any) -> None:
+        # Not yet as logits: nothing may be computed here that gradient checkpointing will not repeat.
+        shown[layer.name] = output if isinstance(output, Tensor) else output[layer.logits_index or 0]
 
     def note_choice(name: str, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
         chosen[name] = ids_TK
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(layer.observe_logits(partial(logits.__setitem__, layer.name)))
+            handle = layer.router.register_forward_hook(partial(note_logits, layer), prepend=True)
+            stack.callback(handle.remove)
             stack.enter_context(layer.observe(partial(note_choice, layer.name)))
 
         def load() -> Tensor:
-            terms = [load_balance_loss(logits[name], ids_TK, counted_T) for name, ids_TK in chosen.items()]
+            terms = [
+                load_balance_loss(
+                    layer.as_logits(shown[layer.name].flatten(0, -2)), chosen[layer.name], counted_T
+                )
+                for layer in layers
+                if layer.name in chosen
+            ]
             return torch.stack(terms).mean()
 
         yield load

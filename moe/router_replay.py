@@ -1,8 +1,8 @@
 """Router replay: the experts chosen in one forward pass are chosen again in another.
 
 A router that has learned since, or that computes in another order, chooses other experts for some tokens;
-ratios of log-probs then measure that and not the policy. Only the choice is replayed. Its weights are the live
-router's own scores of the recorded experts, so the router goes on learning.
+ratios of log-probs then measure that and not the policy. Only the choice is replayed. Its weights are the
+live router's own scores of the recorded experts, so the router goes on learning.
 
 Reference: Ma et al., Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers,
 arXiv:2510.11370.
@@ -17,7 +17,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,7 +40,7 @@ class RoutedExperts:
         lengths: ``[B]`` tokens of each row.
     """
 
-    choices: dict[str, Int[Tensor, "N _"]] = field(default_factory=dict)
+    choices: dict[str, Integer[Tensor, "N _"]] = field(default_factory=dict)
     lengths: Int[Tensor, " B"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def __len__(self) -> int:
@@ -81,8 +81,8 @@ def check_replay(layers: Sequence[ExpertLayer]) -> None:
     """Refuse routers whose choice cannot be replayed; to be called before a model is divided or trained.
 
     Raises:
-        UnsupportedModelError: A router does not return (logits, weights, ids), or weighs its choices by a rule
-            that is not known.
+        UnsupportedModelError: A router does not return (logits, weights, ids), or weighs its choices by an
+            unknown rule.
     """
     for layer in layers:
         rule = layer.router_constraints
@@ -119,8 +119,8 @@ def record_choices(
         if forward.index_N is None:
             raise ValueError("nothing was recorded: the model was not called inside of record_choices")
     found.lengths = forward.lengths_B.cpu()
-    for name, ids_NK in found.choices.items():
-        found.choices[name] = ids_NK.cpu()
+    ran = found.choices
+    found.choices = {layer.name: ran[layer.name].cpu() for layer in layers if layer.name in ran}
 
 
 @contextmanager
@@ -152,12 +152,12 @@ def replay_choices(
 
 def _checked(model: PreTrainedModel, layers: Sequence[ExpertLayer] | None) -> Sequence[ExpertLayer]:
     layers = expert_layers(model) if layers is None else layers
-    check_replay(layers)
-    for layer in layers:
+    for layer in layers:  # before the rules are asked for, which are found by watching the routers
         if any(isinstance(hook, _Recorder | _Replayer) for hook in layer.router._forward_hooks.values()):
             raise ValueError(
                 f"layer {layer.name!r} is being recorded or replayed already; leave that context first"
             )
+    check_replay(layers)
     return layers
 
 
@@ -249,7 +249,7 @@ class _Recorder:
 class _Replayer:
     """Forward hook of a router."""
 
-    def __init__(self, layer: ExpertLayer, forward: _Forward, choices_NK: Int[Tensor, "N K"]) -> None:
+    def __init__(self, layer: ExpertLayer, forward: _Forward, choices_NK: Integer[Tensor, "N K"]) -> None:
         self.layer, self.forward = layer, forward
         self.choices_NK = choices_NK
 

@@ -63,6 +63,11 @@ def _set_counts(module: nn.Module, old: int, new: int) -> None:
             setattr(module, name, new)
 
 
+def _num_rows(parameter: Any) -> int:
+    """Also where DeepSpeed ZeRO-3 has left nothing of it in this process."""
+    return getattr(parameter, "ds_shape", parameter.shape)[0]
+
+
 class FusedStorage:
     """Experts fused along the first axis: ``gate_up_proj [E, 2F, D]`` and ``down_proj [E, D, F]``.
 
@@ -90,7 +95,7 @@ class FusedStorage:
         return "gate_up_proj" if self.has_gate else "up_proj"
 
     def __len__(self) -> int:
-        return self.module.down_proj.shape[0]
+        return _num_rows(self.module.down_proj)
 
     def _split(self, fused: Tensor) -> tuple[Tensor | None, Tensor]:
         if not self.has_gate:
@@ -228,7 +233,7 @@ class ParallelLinearStorage:
         return up is not None and down is not None and up.ndim == 3 and not hasattr(module, "map")
 
     def __len__(self) -> int:
-        return self.module.input_linear.weight.shape[0]
+        return _num_rows(self.module.input_linear.weight)
 
     def read(self, expert: int) -> ExpertWeights:
         """Views of one expert."""

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .finite import check_weights
+
 
 def reload_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
     """Copies the weights of a checkpoint into a model, exactly and completely, in place.
@@ -95,17 +97,38 @@ class ExpertSafeCheckpoints(Trainer):
 
 
 class MoETrainer(ExpertSafeCheckpoints, Trainer):
-    """HF Trainer for models with experts: a resumed run equals an uninterrupted one, bit for bit."""
+    """HF Trainer for models with experts: a resumed run equals an uninterrupted one, bit for bit.
+
+    Weights that have become NaN or infinite are never saved; see `check_weights`.
+    """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, also after an evaluation, which leaves a mark that would make accelerate leave out DDP."""
+        """Train, also after an evaluation, which leaves a mark that would make accelerate leave out DDP.
+
+        Raises:
+            NonFiniteWeightsError: The weights are so at the end, or when a checkpoint was to be saved.
+        """
         wrapped: Any = self.model_wrapped
         is_wrapped = any(isinstance(module, DistributedDataParallel) for module in wrapped.modules())
         if self.args.world_size > 1 and not self.is_divided and not is_wrapped:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             vars(self.model).pop("_is_accelerate_prepared", None)
             self.model_wrapped = self.model
-        return super().train(*args, **kwargs)
+        found = super().train(*args, **kwargs)
+        self.check_weights()
+        return found
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_weights()
+        super()._save_checkpoint(model, trial)
+
+    def check_weights(self) -> None:
+        """Refuse to go on with weights that are no numbers; every process calls it.
+
+        Raises:
+            NonFiniteWeightsError: Says when, and what to do.
+        """
+        check_weights(self.accelerator, self.model, self.state.global_step)  # pyright: ignore
 
 
 def check_one_gpu(arguments: TrainingArguments, what: str) -> None:

@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from .rollout import Request
@@ -69,14 +69,14 @@ class TokenLoss:
     """A loss for each token, before reduction.
 
     Attributes:
-        values: Only those under the mask count; the others are finite, whatever they are.
-        metrics: ``[B, L]`` values without gradient, of which the mean over the mask is shown.
-        mask: Tokens that count; the batch's loss mask without rehearsal by default.
+        values: Only some count: of a policy loss those of the batch's `policy_mask`, of a regularizer the
+            same or, with ``rehearsal``, those of its `rehearsal_mask`. The others are finite, whatever they
+            are.
+        metrics: ``[B, L]`` values without gradient, of which the mean over those that count is shown.
     """
 
     values: Float[Tensor, "B L"]
     metrics: Mapping[str, Float[Tensor, "B L"]] = field(default_factory=dict)
-    mask: Bool[Tensor, "B L"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,33 @@
-"""Checkpoints of a policy in training: whole or not at all, and the run that goes on equals one that never stopped."""
+"""Checkpoints of a policy in training: whole or not at all; going on from one is as if nothing had been."""
 
 import json
+import logging
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 STATE_FILE = "policy_state.json"
 NAME = re.compile(r"step-(\d+)")
 PARTIAL = ".partial"
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+"""What reading a damaged file raises; PyTorch reads the optimizer's with ``weights_only``."""
 
 
 @dataclass(kw_only=True)
@@ -23,7 +38,7 @@ class RunState:
         step: Rollout steps done.
         position: Prompts taken from the stream.
         updates: Optimizer steps done.
-        skipped: Steps without an update because all rewards were equal.
+        skipped: Steps without an update because nothing could be learned.
         rehearsed: Rehearsal samples taken.
         failures: Rewards that failed, by name and kind.
         method: What the method remembers.
@@ -37,9 +52,16 @@ class RunState:
     failures: dict[str, int] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            is_table = name in ("failures", "method")
+            is_sound = isinstance(value, dict) if is_table else type(value) is int and value >= 0
+            if not is_sound:
+                raise ValueError(f"{name}={value!r} cannot be of a run")
+
 
 def save(folder: Path, accelerator: Accelerator, state: RunState, *, keep: int = 1) -> Path:
-    """Write a checkpoint; every process calls it.
+    """Write a checkpoint, unless this step has one; every process calls it.
 
     accelerate keeps the optimizer's state in PyTorch's own format, which it reads back with
     ``weights_only``; the weights are safetensors.
@@ -54,16 +76,19 @@ def save(folder: Path, accelerator: Accelerator, state: RunState, *, keep: int =
         Its folder, ``step-N``.
     """
     target = folder / f"step-{state.step}"
+    if target.is_dir():
+        return target
     partial = folder / f"{target.name}{PARTIAL}"
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(f"step-*{PARTIAL}"):
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    with _silent_about_tied_weights():
+        accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
         for old in checkpoints(folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -84,7 +109,8 @@ def load(folder: Path, accelerator: Accelerator) -> RunState | None:
         The state, or ``None`` if there is no checkpoint.
 
     Raises:
-        ValueError: The checkpoint is damaged.
+        ValueError: The last checkpoint is damaged, or of another policy. It is not passed over in silence,
+            because the steps since the one before would be lost.
     """
     found = checkpoints(folder)
     if not found:
@@ -92,23 +118,27 @@ def load(folder: Path, accelerator: Accelerator) -> RunState | None:
     last = found[0]
     try:
         state = RunState(**json.loads((last / STATE_FILE).read_text(encoding="utf-8")))
+        if last.name != f"step-{state.step}":
+            raise ValueError(f"it is of step {state.step}")
         accelerator.load_state(str(last))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ValueError(
-            f"checkpoint '{last}' cannot be read ({str(error)[:200]}); remove this folder to go on from the one "
-            "before, or from the beginning"
+            f"checkpoint '{last}' cannot be read ({str(error)[:200]}); it is damaged or of another policy: "
+            "remove this folder to go on from the one before, or from the beginning"
         ) from error
     return state
 
 
-def check_finite(model: torch.nn.Module) -> None:
-    """Refuse to save weights that hold NaN or infinity.
+@contextmanager
+def _silent_about_tied_weights() -> Iterator[None]:
+    """Tied weights are saved once, and accelerate warns of it each time."""
+    logger = logging.getLogger("accelerate.utils.other")
 
-    Raises:
-        FloatingPointError: Names the first such weight.
-    """
-    for name, parameter in model.named_parameters():
-        local: Any = parameter
-        tensor = local.to_local() if hasattr(local, "to_local") else parameter
-        if not torch.isfinite(tensor.detach().sum(dtype=torch.float64)):
-            raise FloatingPointError(f"the weight {name} holds NaN or infinity")
+    def keep(record: logging.LogRecord) -> bool:
+        return "Removed shared tensor" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

@@ -1,7 +1,6 @@
 """How good a policy is on held-out prompts, and whether it still finds different answers."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,9 @@ from .generation.settings import SamplingSettings
 from .pass_at_k import pass_at_k
 from .rollout import Prompt, RolloutGroup
 
-ONE_STEP = -1
-"""The step whose seeds all evaluations share, so that they differ by the policy alone."""
+PLACE = ("evaluation",)
+"""Of the seeds, the same in all evaluations, so that they differ by the policy alone."""
+NAMES = ("right", "reward", "distinct", "distinct_correct", "length", "truncated")
 
 
 def evaluate(
@@ -23,6 +23,7 @@ def evaluate(
     accelerator: Accelerator,
     *,
     pass_at: float,
+    step: int,
 ) -> dict[str, float]:
     """Sample completions of every prompt, each process its share, and judge them.
 
@@ -32,40 +33,43 @@ def evaluate(
         sampling: How.
         accelerator: Every process calls this.
         pass_at: The first reward that a right completion reaches.
+        step: Rollout steps done, for reward functions.
 
     Returns:
-        ``pass@k`` for k = 1, 2, 4 .. n (the same on every process), ``reward``, ``distinct`` (share of a prompt's
-        completions that differ), ``distinct_correct`` (different right completions of a prompt), ``length`` and
-        ``truncated``.
+        The same on every process: ``pass@k`` for k = 1, 2, 4 .. n, ``reward``, ``distinct`` (share of a
+        prompt's completions that differ), ``distinct_correct`` (different right completions of a prompt),
+        ``length`` and ``truncated``.
     """
     mine = list(enumerate(prompts))[accelerator.process_index :: accelerator.num_processes]
-    groups = collector.collect(mine, sampling, step=ONE_STEP, version=0) if mine else []
+    groups = collector.collect(mine, sampling, place=PLACE, step=step, version=0)
     rows = [_counts(group, pass_at) for group in groups]
     n = collector.num_generations
-    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6).to(accelerator.device)
+    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(NAMES)).to(accelerator.device)
     wide = accelerator.pad_across_processes(table, dim=0, pad_index=-1)
     everything = accelerator.gather(wide)
     assert isinstance(everything, torch.Tensor)
     found = everything[everything[:, 0] >= 0].cpu().numpy()
     right = found[:, 0].astype(int)
-    means = found.mean(0)
-    names = ("correct", "reward", "distinct", "distinct_correct", "length", "truncated")
-    result = dict(zip(names[1:], map(float, means[1:]), strict=True))
+    result = dict(zip(NAMES[1:], found.mean(0)[1:].tolist(), strict=True))
     ks = [k for k in (2**i for i in range(n.bit_length())) if k <= n]
     return {f"pass@{k}": float(np.mean(pass_at_k(n, right, k))) for k in ks} | result
 
 
+def is_right(group: RolloutGroup, pass_at: float) -> list[bool]:
+    """Which completions reach a value of the first reward function; an unknown reward does not."""
+    first = next(iter(group.rewards_by_function.values()), group.rewards)
+    return [value >= pass_at for value in first.tolist()]
+
+
 def _counts(group: RolloutGroup, pass_at: float) -> list[float]:
-    """Right ones, mean reward, share of different ones, different right ones, mean length, share truncated."""
-    first: Any = next(iter(group.rewards_by_function.values()), group.rewards)
-    is_right = [bool(value >= pass_at) for value in first.tolist()]
+    """Of a prompt, in the order of ``NAMES``."""
+    right = is_right(group, pass_at)
     texts = [rollout.text.strip() for rollout in group.rollouts]
-    right = {text for text, ok in zip(texts, is_right, strict=True) if ok}
     return [
-        float(sum(is_right)),
+        float(sum(right)),
         float(group.rewards.nan_to_num(0.0).mean()),
         len(set(texts)) / len(texts),
-        float(len(right)),
+        float(len({text for text, ok in zip(texts, right, strict=True) if ok})),
         sum(len(r.completion_ids) for r in group.rollouts) / len(texts),
         sum(r.is_truncated for r in group.rollouts) / len(texts),
     ]

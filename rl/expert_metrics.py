@@ -17,9 +17,9 @@ class ExpertMeter:
     """Adds up what routers decide in the forward passes that it listens to; padding never counts.
 
     Attributes:
-        sums: ``[L, E + 2]`` float64: for each layer the choices of each expert (E of the largest layer; others
-            have zeros at the end), the sum over tokens of the router's entropy in nats, and the tokens. Sums of
-            several processes add up.
+        sums: ``[L, E + 2]`` float64: for each layer the choices of each expert (E of the largest layer,
+            zeros where another has fewer), the sum over tokens of the router's entropy in nats, and the
+            tokens. Sums of several processes add up.
 
     Args:
         layers: Of the policy, one at least.
@@ -67,8 +67,9 @@ class ExpertMeter:
         """Means over the layers, empty before anything was counted.
 
         Returns:
-            ``router_entropy``: nats. ``expert_load_max``: choices of the busiest expert of a layer in units of
-            the layer's mean, 1 in perfect balance. ``expert_dead_share``: experts that no token chose, in [0, 1].
+            ``router_entropy``: nats. ``expert_load_max``: choices of the busiest expert of a layer in units
+            of the layer's mean, 1 in perfect balance. ``expert_dead_share``: experts that no token chose, in
+            [0, 1].
         """
         found = []
         for layer, sums in zip(self.layers, self.sums.cpu(), strict=True):

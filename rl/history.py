@@ -1,8 +1,7 @@
-"""Rows of a run's metrics on the disk, one JSON object a line."""
+"""Rows of a run on the disk, one JSON object a line."""
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,17 @@ class History:
     """Appends rows to a file that a killed run can go on with.
 
     Args:
-        path: Of the file; its folder must exist when a row comes.
+        path: Of the file; made with its folder when a row comes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row; NaN and infinity become null."""
-        text = json.dumps({key: _plain(value) for key, value in row.items()}, ensure_ascii=False)
+        """Write a row, which has a ``step``; NaN and infinity become null."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(_line(row))
             file.flush()
 
     def read(self) -> list[dict[str, Any]]:
@@ -34,26 +32,37 @@ class History:
         """
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                if number < len(lines):
-                    raise ValueError(f"line {number} of '{self.path}' is damaged") from error
-        return rows
+        # Not splitlines: completions hold other characters that end lines.
+        *lines, cut = self.path.read_bytes().split(b"\n")
+        rows = [_row(line) for line in lines]
+        if not cut and rows and rows[-1] is None:
+            rows.pop()
+        if None in rows:
+            raise ValueError(
+                f"line {rows.index(None) + 1} of '{self.path}' is damaged; "
+                "remove the file, or the lines from there on"
+            )
+        return [row for row in rows if row is not None]
 
     def truncate(self, step: int) -> None:
-        """Drop the rows of later steps, which a run that goes on will write again."""
-        rows = [row for row in self.read() if row["step"] <= step]
-        if not rows and not self.path.is_file():
+        """Drop the rows of later steps, which a run that goes on will write again, and a cut last line."""
+        if not self.path.is_file():
             return
+        kept = [_line(row) for row in self.read() if row["step"] <= step]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self.path)
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
 
 
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line, or ``None`` if it is none."""
+    try:
+        row = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    return json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n"

@@ -34,10 +34,13 @@ def rate_function(settings: PolicySettings) -> Callable[[int], float]:
     """
     total, warmup = settings.total_updates, settings.warmup
     steps = int(warmup * total) if warmup < 1 else int(warmup)
+    name = settings.lr_scheduler
+    if name == "constant" and steps:  # it would not look at the warmup
+        name = "constant_with_warmup"
     # One that is thrown away; Transformers makes the function and PyTorch keeps it.
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
-        scheduler = get_scheduler(settings.lr_scheduler, optimizer, steps, total)
+        scheduler = get_scheduler(name, optimizer, steps, total)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"lr_scheduler={settings.lr_scheduler!r} cannot be used ({error}); take constant, "

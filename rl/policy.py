@@ -42,6 +42,7 @@ class Policy(nn.Module):
         layers: Its expert layers; none in a dense model.
         with_router_loss: See below.
         logit_bytes: See below.
+        is_whole: Whether weights that processes have divided are whole for now.
 
     Args:
         model: The language model, or a PEFT model with layers of its own in it (LoRA and its kin).
@@ -64,6 +65,7 @@ class Policy(nn.Module):
         self.model = model
         self.with_router_loss = with_router_loss
         self.logit_bytes = logit_bytes
+        self.is_whole = False
         # Found once: all of it looks through the modules of the model, and needs whole weights.
         self.scale = logit_scale(self.plain)
         self.layers = _layers(self.plain, are_needed=with_router_loss)
@@ -187,7 +189,7 @@ class Policy(nn.Module):
         is_divided = isinstance(head, FSDPModule) or any(
             hasattr(weight, "ds_id") for weight in head.parameters()
         )
-        if not is_divided:
+        if self.is_whole or not is_divided:
             return needed
         most = torch.tensor(needed, device=self.plain.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)

@@ -25,9 +25,12 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def prepare_deepspeed(accelerator: Accelerator, settings: PolicySettings) -> None:
-    """Tell DeepSpeed what it would read from a data loader, and where it clips."""
+    """Tell DeepSpeed what it would read from a data loader, where it clips, and that the policy will be saved."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     plugin: Any = accelerator.state.deepspeed_plugin
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.micro_batch_size
-    plugin.deepspeed_config["gradient_clipping"] = settings.max_grad_norm
+    config: dict[str, Any] = plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = settings.micro_batch_size
+    config["gradient_clipping"] = settings.max_grad_norm
+    if plugin.zero_stage == 3:
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True

@@ -5,21 +5,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .algorithm import Algorithm
+from .generation.settings import SamplingSettings
 
-POSITIVE = (
+AT_LEAST_1 = (
     "steps",
     "prompts_per_step",
     "num_generations",
     "mini_batches",
     "num_iterations",
     "micro_batch_size",
-)
-POSITIVE_TOO = (
     "max_completion_length",
+    "max_sampling_rounds",
+    "rehearsal_generations",
+    "eval_generations",
     "save_steps",
     "logging_steps",
-    "eval_generations",
-    "max_sampling_rounds",
+)
+ABOVE_0 = ("learning_rate", "temperature", "rehearsal_share", "rehearsal_threshold")
+NOT_NEGATIVE = (
+    "beta",
+    "entropy_coef",
+    "router_aux_loss_coef",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup",
+    "eval_steps",
+    "eval_temperature",
 )
 
 
@@ -43,21 +54,21 @@ class PolicySettings:
         stop: Strings that end a completion.
         learning_rate: Largest of AdamW.
         lr_scheduler: One of Transformers'.
-        warmup: Optimizer steps in which it rises; below 1 as a share of all.
+        warmup: Optimizer steps in which it rises, whatever the schedule; below 1 as a share of all.
         weight_decay: Of AdamW.
         max_grad_norm: Gradients are clipped to it; 0 for never.
         beta: Weight of the KL divergence (k3) from the reference; 0 needs none.
         entropy_coef: Weight of an entropy bonus.
-        router_aux_loss_coef: Weight of the load-balancing loss of the experts.
+        router_aux_loss_coef: Weight of the load-balancing loss of the experts, a mean over micro-batches.
         router_replay: Replay, in the updates, the experts that were chosen when old log-probs were computed.
         max_sampling_rounds: For methods that drop groups of equal rewards: how often they sample on.
         rehearsal_share: For DPH-RL: rehearsal samples of a step, as a share of its completions.
         rehearsal_generations: For DPH-RL: completions by which a prompt is judged before the training.
         rehearsal_threshold: For DPH-RL: share of right ones that makes it a rehearsed prompt.
         selection_scope: Over what Clip-Cov and KL-Cov select; ``microbatch`` as in the released codes.
-        eval_steps: Steps between evaluations on held-out prompts; 0 for none.
+        eval_steps: Steps between evaluations on held-out prompts; 0 for the first and the last alone.
         eval_generations: Completions of each of them, n of pass@k.
-        eval_temperature: Of these; 0 for greedy ones.
+        eval_temperature: Of these; 0 for one greedy completion of each.
         pass_at: A completion passes whose first reward reaches this.
         save_steps: Between checkpoints.
         logging_steps: Between lines of progress.
@@ -100,26 +111,39 @@ class PolicySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*POSITIVE, *POSITIVE_TOO):
+        for name in AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("learning_rate", "temperature"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+        for name in ABOVE_0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in (
-            "beta",
-            "entropy_coef",
-            "router_aux_loss_coef",
-            "weight_decay",
-            "max_grad_norm",
-            "warmup",
-        ):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if self.eval_steps < 0 or self.eval_temperature < 0:
-            raise ValueError(
-                f"eval_steps={self.eval_steps} and eval_temperature={self.eval_temperature} must be 0 or more"
-            )
+        if self.rehearsal_threshold > 1:
+            raise ValueError(f"rehearsal_threshold={self.rehearsal_threshold} is a share and at most 1")
+        if self.selection_scope not in ("minibatch", "microbatch"):
+            raise ValueError(f"selection_scope={self.selection_scope!r} is not 'minibatch' or 'microbatch'")
+        if math.isnan(self.pass_at):
+            raise ValueError("pass_at is NaN, which no reward reaches")
+        _ = self.sampling  # refuses what cannot be sampled
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How completions of the training are drawn."""
+        return SamplingSettings(
+            max_new_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            stop=self.stop,
+        )
+
+    @property
+    def completions_per_step(self) -> int:
+        """Of all processes, rehearsal left out."""
+        return self.prompts_per_step * self.num_generations
 
     @property
     def updates_per_rollout(self) -> int:
@@ -131,10 +155,6 @@ class PolicySettings:
         """Optimizer steps of the whole run."""
         return self.steps * self.updates_per_rollout
 
-    def completions_per_mini_batch(self, num_processes: int) -> int:
-        """On each process."""
-        return self.prompts_per_step // num_processes // self.mini_batches * self.num_generations
-
     def check(self, algorithm: Algorithm, num_processes: int) -> None:
         """Refuse what does not fit the method or the processes.
 
@@ -145,8 +165,8 @@ class PolicySettings:
         got = f"mini_batches={self.mini_batches} x num_iterations={self.num_iterations}"
         if updates < algorithm.min_updates:
             raise ValueError(
-                f"{algorithm.title} does nothing of its own with {updates} update of each rollout ({got}); it "
-                f"needs at least {algorithm.min_updates}: raise mini_batches or num_iterations"
+                f"{algorithm.title} does nothing of its own with {updates} update of each rollout ({got}); "
+                f"it needs at least {algorithm.min_updates}: raise mini_batches or num_iterations"
             )
         if algorithm.max_updates is not None and updates > algorithm.max_updates:
             raise ValueError(
@@ -160,7 +180,12 @@ class PolicySettings:
             )
         if self.prompts_per_step % (num_processes * self.mini_batches):
             raise ValueError(
-                f"prompts_per_step={self.prompts_per_step} cannot be divided among {num_processes} process(es) "
-                f"with {self.mini_batches} mini-batch(es) each; take a multiple of "
+                f"prompts_per_step={self.prompts_per_step} cannot be divided among {num_processes} "
+                f"process(es) with {self.mini_batches} mini-batch(es) each; take a multiple of "
                 f"{num_processes * self.mini_batches}"
+            )
+        if algorithm.hyperparameters().get("scale_rewards") == "batch" and num_processes > 1:
+            raise ValueError(
+                f"scale_rewards='batch' divides by the deviation of all rewards of a step, and each of the "
+                f"{num_processes} processes knows only its own; take 'group' or 'none', or one process"
             )

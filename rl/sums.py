@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -17,20 +18,14 @@ class Sums:
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
 
-    def add(self, name: str, total: Float[Tensor, ""], count: Tensor | float) -> None:
+    def add(self, name: str, total: Float[Tensor, ""], count: Tensor | int | float) -> None:
         """Add a sum of `count` values."""
         pair = torch.stack([total.detach().double(), torch.as_tensor(count, device=total.device).double()])
         self.totals[name] = self.totals[name] + pair if name in self.totals else pair
 
-    def add_value(self, name: str, value: Float[Tensor, ""], count: Tensor | float = 1.0) -> None:
-        """Add a mean of `count` values."""
-        self.add(name, value.detach() * count, count)
-
-    def add_rows(
-        self, name: str, values: Float[Tensor, " N"], where: Bool[Tensor, " N"] | None = None
-    ) -> None:
+    def add_rows(self, name: str, values: Float[Tensor, " N"], where: Bool[Tensor, " N"]) -> None:
         """Add the values where they count; NaN never does."""
-        counts = ~values.isnan() if where is None else where & ~values.isnan()
+        counts = where & ~values.isnan()
         self.add(name, torch.where(counts, values, 0.0).sum(), counts.sum())
 
     def add_tokens(self, metrics: Mapping[str, Float[Tensor, "B L"]], mask: Bool[Tensor, "B L"]) -> None:
@@ -43,7 +38,7 @@ class Sums:
         """Of all processes, the same on each; every process calls it."""
         names = sorted(self.totals)
         if accelerator.num_processes > 1:
-            names = _all_names(names)
+            names = sorted(set(gather_object(names)))
         device = accelerator.device
         empty = torch.zeros(2, dtype=torch.float64, device=device)
         if not names:
@@ -52,9 +47,3 @@ class Sums:
         total: Tensor = accelerator.reduce(table, reduction="sum")  # pyright: ignore[reportAssignmentType]
         sums, counts = total.cpu().T
         return {n: float(s / c) for n, s, c in zip(names, sums, counts, strict=True) if c > 0}
-
-
-def _all_names(mine: list[str]) -> list[str]:
-    from accelerate.utils import gather_object
-
-    return sorted(set(gather_object(mine)))

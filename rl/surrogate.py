@@ -53,3 +53,9 @@ def clipped_surrogate(
     is_high_BL = (found_BL > 1 + high) & (advantages_BL > 0)
     flags = {"clip_ratio/low": is_low_BL, "clip_ratio/high": is_high_BL}
     return TokenLoss(values=values_BL, metrics={name: f.to(found_BL.dtype) for name, f in flags.items()})
+
+
+def k3(logprobs_BL: Float[Tensor, "B L"], ref_logprobs_BL: Float[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+    """Estimate of KL(policy || reference) on the policy's tokens: ``e^d - d - 1``, d = ref - now."""
+    difference_BL = (ref_logprobs_BL - logprobs_BL).clamp(max=MAX_LOG_RATIO)
+    return difference_BL.expm1() - difference_BL

@@ -21,13 +21,19 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
         model: As `Accelerator.prepare` returned it.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        with _unsharded(model):
-            yield
+        context = _unsharded(model)
     elif _zero_stage(accelerator) == 3:
-        with _gathered(model):
-            yield
+        context = _gathered(model)
     else:
         yield
+        return
+    policy: Any = accelerator.unwrap_model(model)
+    with context:
+        policy.is_whole = True
+        try:
+            yield
+        finally:
+            policy.is_whole = False
 
 
 def _zero_stage(accelerator: Accelerator) -> int | None:
@@ -36,19 +42,25 @@ def _zero_stage(accelerator: Accelerator) -> int | None:
 
 
 @contextmanager
-def _unsharded(model: nn.Module) -> Iterator[None]:
-    """FSDP2: its hooks find the weights there, and leave them."""
+def _unsharded(model: Any) -> Iterator[None]:
+    """FSDP2: its hooks find the weights there, and leave them; afterwards all is as it was configured."""
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # Whatever runs first becomes the root for good, and generation runs what is in the model.
+    model._get_fsdp_state()._lazy_init()
+    parts: Any = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = dict.fromkeys(group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups)
+    resharding = {group: group.post_forward_mesh_info for group in groups}
     for part in parts:
         part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
     try:
+        for group in groups:
+            group.post_forward_mesh_info = None
         yield
     finally:
+        for group, configured in resharding.items():
+            group.post_forward_mesh_info = configured
         for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
 
 

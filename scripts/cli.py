@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -20,6 +20,7 @@ from .options import (
     TrainingOptions,
     TrainOptions,
 )
+from .process_end import leave_together, works_together
 from .rl_options import RlOptions
 
 USER_ERROR = 2
@@ -47,8 +48,23 @@ Command = (
 )
 
 
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line as a process of its own, perhaps one of several, and end it.
+
+    Args:
+        argv: As for `main`.
+
+    Raises:
+        SystemExit: Always, where there are no other processes.
+    """
+    code = main(argv)
+    if works_together():
+        leave_together(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
+    """Run a command line in this process, which goes on.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
@@ -117,4 +133,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

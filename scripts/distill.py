@@ -9,16 +9,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
-from ..distill import (
-    AuxiliaryHeadSpec,
-    DistillTrainer,
-    DualHeadStudent,
-    StudentInTraining,
-    train_only_routers,
-)
+from ..distill import DistillTrainer, DualHeadStudent, StudentInTraining, train_only_routers
 from ..distill.teachers import Teacher
 from ..moe.checkpoint import save_checkpoint
 from .console import is_interactive
+from .distill_checks import head_spec, make_alignment
 from .distill_measure import Agreement, Measures, agreement
 from .distill_options import DistillOptions
 from .distill_prepare import DistillJob, prepare_distillation
@@ -54,17 +49,15 @@ def run(options: DistillOptions) -> Path:
 
 def _distill(job: DistillJob, output: Path) -> DistillRun:
     """Do the work; every process comes through here."""
-    checkpoints = whole_checkpoints(job.folder, job.arguments)
-    teacher = _teacher(job)
-    say(job, f"Distilling on {len(job.train_rows):,} examples, {job.arguments.world_size} process(es)")
-    student = _student(job)
-    use_cache = getattr(student.config, "use_cache", None)
-    trainer = _trainer(job, student, teacher)
-    before = _before(job, trainer, teacher, is_resumed=bool(checkpoints))
+    checkpoints = whole_checkpoints(job)
+    trainer = _trainer(job)
+    config = trainer.student.config
+    use_cache = getattr(config, "use_cache", None)
+    before = _before(job, trainer, is_resumed=bool(checkpoints))
     fit(job, trainer, checkpoints)
-    after = _held_out(job, trainer, teacher, "after")
+    after = _held_out(job, trainer, "after")
     if use_cache is not None:
-        student.config.use_cache = use_cache  # which Trainer turns off
+        config.use_cache = use_cache  # which Trainer turns off
     history, steps = list(trainer.state.log_history), trainer.state.global_step
     model_class = _export(job, trainer, output)
     finished = DistillRun(
@@ -103,15 +96,17 @@ def _student(job: DistillJob) -> StudentInTraining:
         train_only_routers(model)
     student: Any = model
     if job.recipe.heads == "dual":
-        spec = AuxiliaryHeadSpec(kind=options.auxiliary_head, width=options.auxiliary_width)
-        student = DualHeadStudent(model, spec, num_teacher_classes=job.teacher.num_columns)
+        student = DualHeadStudent(model, head_spec(options), num_teacher_classes=job.teacher.num_columns)
     return StudentInTraining(
-        student, job.recipe, alignment=job.alignment(), num_columns=job.teacher.num_columns
+        student, job.recipe, alignment=make_alignment(options), num_columns=job.teacher.num_columns
     )
 
 
-def _trainer(job: DistillJob, student: StudentInTraining, teacher: Teacher) -> Any:
-    is_cached = job.cache is not None
+def _trainer(job: DistillJob) -> Any:
+    """With student and teacher; nothing else holds the teacher, so that the trainer can drop it."""
+    teacher = _teacher(job)
+    say(job, f"Distilling on {len(job.train_rows):,} examples, {job.arguments.world_size} process(es)")
+    student, is_cached = _student(job), job.cache is not None
     trainer: Any = DistillTrainer(
         model=student,
         args=job.arguments,
@@ -131,7 +126,7 @@ def _trainer(job: DistillJob, student: StudentInTraining, teacher: Teacher) -> A
     return trainer
 
 
-def _before(job: DistillJob, trainer: Any, teacher: Teacher, *, is_resumed: bool) -> Measures | None:
+def _before(job: DistillJob, trainer: Any, *, is_resumed: bool) -> Measures | None:
     """The student as it came; ``None`` where it has learned nothing yet, or is divided only in training."""
     if job.start == "scratch" or trainer.is_divided:
         return None
@@ -140,13 +135,13 @@ def _before(job: DistillJob, trainer: Any, teacher: Teacher, *, is_resumed: bool
         return json.loads(path.read_text(encoding="utf-8"))
     if is_resumed:
         return None
-    found = _held_out(job, trainer, teacher, "before")
+    found = _held_out(job, trainer, "before")
     if job.is_main:
         path.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
-def _held_out(job: DistillJob, trainer: Any, teacher: Teacher, when: str) -> Measures:
+def _held_out(job: DistillJob, trainer: Any, when: str) -> Measures:
     """The student on the held-out examples, all processes together, and how near it is to the teacher."""
     found = {}
     # A cache is there because the teacher is large: before the training it is not loaded for this.
@@ -155,7 +150,7 @@ def _held_out(job: DistillJob, trainer: Any, teacher: Teacher, when: str) -> Mea
         evaluated = trainer.evaluate(metric_key_prefix=f"eval_{when}")
         found = {name: evaluated[f"eval_{when}_{name}"] for name in summarise([[0.0, 0.0, 0.0]])}
     if is_near_measured and job.is_main:
-        return found | asdict(_agreement(job, trainer, teacher))
+        return found | asdict(_agreement(job, trainer))
     return found
 
 
@@ -182,8 +177,8 @@ def _export(job: DistillJob, trainer: Any, output: Path) -> str:
     return type(model).__name__
 
 
-def _agreement(job: DistillJob, trainer: Any, teacher: Teacher) -> Agreement:
-    model: Any = getattr(teacher, "model", None)
+def _agreement(job: DistillJob, trainer: Any) -> Agreement:
+    model: Any = getattr(trainer.teacher, "model", None)
     if model is None:
         say(job, f"Loading the teacher {job.teacher.source.name} to compare with")
         model = job.teacher.load(job.arguments.device)

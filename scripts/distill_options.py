@@ -52,6 +52,11 @@ class StudentOptions(DataOptions):
     """The second head: for teachers of another family, of the same, or a copy of the task head at first."""
     auxiliary_width: int = 200
     """Of the bottleneck."""
+    auxiliary_norm: Literal["auto", "batch", "rms", "none"] = "auto"
+    """Of the bottleneck. auto: batch for classifiers of texts and pictures, as in the paper, whose statistics
+    are of one micro-batch; else rms."""
+    auxiliary_dropout: float = 0.1
+    """Of the bottleneck."""
     weight: OptionalNumber = None
     """Of the loss; 1 unless said otherwise, but the published weight for dhkd and binary-kl-norm."""
     label_weight: float = 1.0

@@ -5,35 +5,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from ..distill import DistillationRecipe, GradientAlignment, task_head
+from ..distill import DistillationRecipe, task_head
 from ..distill.losses import published_weight
 from ..distill.teacher_cache import CacheSpec
 from ..distill.teacher_cache_build import check_cache_folder
 from ..distill.token_alignment import same_tokenizer
-from ..distill.trainer import check_alignment
+from ..distill.trainer import OWN_ARGUMENTS, lost_file
+from ..distill.trainer_checks import check_alignment, check_sharded_heads, check_stop_epoch
 from ..moe.discovery import has_experts
 from .calibrate import context_length, sequence_length
 from .console import warn
+from .distill_checks import DEFAULT_TOP_K, check_options, make_recipe, try_loss
 from .distill_data import DistillRows, aligned_text, collator, same_picture, same_text
 from .distill_options import DistillOptions
 from .distill_teacher import TeacherSource, cache_source, shard_examples
-from .options import flag
 from .train_arguments import read_arguments_file
 from .train_data import known_inputs
 from .train_model import Source, load_processor, open_training_source, prepare_config, training_skeleton
-from .training_checks import check_not_negative, check_positive, check_training_options
+from .training_checks import check_training_options
 from .training_job import TrainingJob, TrainingTask, common_fields, open_task, read_examples
 
-OPTION_OF = {"center": "center", "beta": "beta", "skew": "skew", "top_k": "k"}
-"""Options of single losses, by the arguments that they become."""
-DEFAULT_TOP_K = 64
 GENTLER = 20
 """Of DHKD's published weight, what did language models no harm (`benchmarks/distill_lm.py`)."""
-ALIGNMENT = ("align_at", "align_every", "align_smoothing")
-SECOND_HEAD = ("auxiliary_head", "auxiliary_width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +48,12 @@ class DistillJob(TrainingJob):
         """With the teacher."""
         return super().inputs | {"teacher files": self.teacher.source.fingerprint}
 
-    def alignment(self) -> GradientAlignment | None:
-        """A new one, if one was asked for."""
-        return _alignment(self.options)
+    def lost_file(self, checkpoint: Path) -> str | None:
+        """One of the second head's, without which the run would go on to another result."""
+        if self.recipe.heads == "single":
+            return None
+        options = self.options
+        return lost_file(checkpoint, is_aligned=options.align_gradients, stop_epoch=options.stop_epoch)
 
 
 def prepare_distillation(options: DistillOptions) -> DistillJob:
@@ -66,8 +64,13 @@ def prepare_distillation(options: DistillOptions) -> DistillJob:
     """
     check_training_options(options)
     recipe = make_recipe(options)
-    _check_options(options, recipe)
+    check_options(options, recipe)
     file = read_arguments_file(options.training_arguments)
+    if own := sorted(file.keys() & OWN_ARGUMENTS):
+        raise ValueError(
+            f"--training-arguments '{options.training_arguments}' sets {own[0]}, which distillation sets "
+            "itself; leave it out"
+        )
     source = open_training_source(options.model, allow_compressed=True)
     teacher_source = _open_teacher_files(options)
     task = open_task(
@@ -82,8 +85,7 @@ def prepare_distillation(options: DistillOptions) -> DistillJob:
     train, held_out = (_rows(part, options, task, teacher) for part in (examples.train, examples.held_out))
     start = "load" if source.has_weights else "scratch"
     common = common_fields(options, source, task, examples, start=start, file=file)
-    if options.align_gradients:
-        check_alignment(options.align_at, common["arguments"])
+    _check_training(options, common["arguments"], len(train))
     return DistillJob(
         **common,
         teacher=teacher,
@@ -95,88 +97,13 @@ def prepare_distillation(options: DistillOptions) -> DistillJob:
     )
 
 
-def make_recipe(options: DistillOptions) -> DistillationRecipe:
-    """The losses that the options ask for.
-
-    Raises:
-        ValueError: Options that do not go together.
-    """
-    is_dhkd = options.loss == "dhkd"
-    if is_dhkd and options.heads == "single":
-        raise ValueError("--loss dhkd is binary-kl-norm on a second head; for one head take binary-kl-norm")
-    given = {name: getattr(options, name) for name in OPTION_OF}
-    wanted = {name: value for name, value in given.items() if value not in (None, "none")}
-    loss = "binary-kl-norm" if is_dhkd else options.loss
-    try:
-        return DistillationRecipe(
-            loss=loss,
-            heads="dual" if is_dhkd or options.heads == "dual" else "single",
-            weight=options.weight,
-            label_weight=options.label_weight,
-            temperature=options.temperature,
-            options={OPTION_OF[name]: value for name, value in wanted.items()},
-            load_balance=options.load_balance,
-        )
-    except ValueError as error:
-        shown = ", ".join(f"{flag(name)} {value}" for name, value in wanted.items())
-        raise ValueError(
-            f"--loss {options.loss}{' with ' if shown else ''}{shown} cannot be: {error}"
-        ) from error
-
-
-def _check_options(options: DistillOptions, recipe: DistillationRecipe) -> None:
-    """Refuse what the options alone show cannot be."""
-    if options.teacher is None:
-        raise ValueError("--teacher is missing: name the model to learn from")
-    check_positive(options, ("temperature", "auxiliary_width", "align_every", "top_k", "stop_epoch"))
-    check_not_negative(options, ("weight", "label_weight", "load_balance"))
-    if not 0 <= options.align_smoothing < 1:
-        raise ValueError(f"--align-smoothing {options.align_smoothing} is not at least 0 and less than 1")
-    said = {
-        name
-        for name, field in type(options).__dataclass_fields__.items()
-        if getattr(options, name) != field.default
-    }
-    if recipe.heads == "single":
-        if options.align_gradients:
-            raise ValueError("--align-gradients is for two heads; add --heads dual, or leave it out")
-        if useless := sorted(said.intersection(SECOND_HEAD)):
-            raise ValueError(f"{flag(useless[0])} is for --heads dual")
-    elif options.train_only == "routers":
-        raise ValueError("--train-only routers trains no second head; leave out --heads dual")
-    if not options.align_gradients and (useless := sorted(said.intersection(ALIGNMENT))):
-        raise ValueError(f"{flag(useless[0])} is for --align-gradients")
-    if options.stop_epoch is not None and options.label_weight == 0:
-        raise ValueError(
-            f"--label-weight 0 leaves nothing to learn from epoch {options.stop_epoch:g} on; leave out "
-            "--stop-epoch"
-        )
-    if options.cache is None and (useless := sorted(said & {"cache_kind", "cache_dtype"})):
-        raise ValueError(f"{flag(useless[0])} is for --cache")
-    if options.cache_kind == "top-k" and options.loss != "top-k-kl":
-        raise ValueError(
-            f"a top-k cache is for --loss top-k-kl; --loss {options.loss} needs --cache-kind hidden"
-        )
-    _alignment(options)
-    width = 2 * DEFAULT_TOP_K if options.top_k is None else 2 * options.top_k
-    _try_loss(options, recipe, width)
-
-
-def _try_loss(options: DistillOptions, recipe: DistillationRecipe, num_classes: int) -> None:
-    """Compute the loss of no rows where nothing is computed, to hear early what its arguments may not be."""
-    logits = torch.empty(0, num_classes, device="meta")
-    labelled = {"labels_N": torch.empty(0, dtype=torch.long)} if recipe.method.needs_labels else {}
-    try:
-        recipe.rows_loss()(logits, logits, **labelled)
-        recipe.objective()
-    except ValueError as error:
-        raise ValueError(f"--loss {options.loss} cannot be: {error}") from error
-
-
-def _alignment(options: DistillOptions) -> GradientAlignment | None:
-    if not options.align_gradients:
-        return None
-    return GradientAlignment(options.align_every, options.align_smoothing, options.align_at)
+def _check_training(options: DistillOptions, arguments: TrainingArguments, num_examples: int) -> None:
+    """Refuse what the number of processes and of steps shows cannot be."""
+    check_sharded_heads(arguments)
+    if options.align_gradients:
+        check_alignment(options.align_at, arguments)
+    if options.stop_epoch is not None:
+        check_stop_epoch(options.stop_epoch, arguments, num_examples)
 
 
 def _open_teacher_files(options: DistillOptions) -> Source:
@@ -291,13 +218,19 @@ def _check_context(options: DistillOptions, task: TrainingTask, teacher: PreTrai
 def _check_student(
     options: DistillOptions, task: TrainingTask, recipe: DistillationRecipe, num_columns: int | None
 ) -> None:
-    num_classes = task_head(task.skeleton).num_classes
+    head = task_head(task.skeleton)
+    num_classes = head.num_classes
+    if recipe.heads == "dual" and options.auxiliary_norm == "batch" and head.reads_tokens:
+        raise ValueError(
+            "--auxiliary-norm batch is for one feature an example, and this student has one for each token, "
+            "padding included; take rms or none"
+        )
     if task.name == "causal-lm" and recipe.loss == "binary-kl-norm" and recipe.weight is None:
         warn(
             f"the published weight of --loss {options.loss} was found to harm language models "
             f"(docs/distill.md); try --weight {published_weight(num_classes, 'sum') / GENTLER:.2g}"
         )
-    _try_loss(options, recipe, num_columns or num_classes)
+    try_loss(options, recipe, num_columns or num_classes)
     if recipe.heads == "dual" and options.auxiliary_head == "copy" and num_columns not in (None, num_classes):
         raise ValueError(
             f"--auxiliary-head copy has the student's {num_classes} tokens, and the teacher knows "

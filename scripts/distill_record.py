@@ -74,7 +74,6 @@ def summary_table(run: DistillRun) -> Table:
 def write_distill_records(run: DistillRun, folder: Path) -> None:
     """Write everything beside the model."""
     job, recipe, cache = run.job, run.job.recipe, run.job.cache
-    alignment = job.alignment()
     training = {
         "teacher": job.options.teacher,
         "teacher_fingerprint": content_fingerprint(job.teacher.source.folder),
@@ -83,7 +82,7 @@ def write_distill_records(run: DistillRun, folder: Path) -> None:
         "loss_arguments": recipe.arguments,
         "weight": recipe.weight_for(_num_classes(run)),
         "label_weight": recipe.label_weight,
-        "aligned_at": None if alignment is None else alignment.where,
+        "aligned_at": job.options.align_at if job.options.align_gradients else None,
         "cache": None if cache is None else {"kind": cache.kind, "fingerprint": cache.digest},
         "parameters": run.parameters,
         "trained_parameters": run.trained_parameters,

@@ -1,5 +1,6 @@
 """`moekit rl`: from a policy and rewards to a better policy, and how it came about."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from ..moe import save_checkpoint
 from ..moe.checkpoint import write_config_aliases
 from ..rl import PolicyTrainer
+from ..rl.processes import check_processes
 from .console import show, step, warn
 from .rl_options import RlOptions
 from .rl_prepare import DEFAULT_ALPHA, RlJob, prepare_rl
 from .rl_record import RlRun, progress_line, summary_table, write_rl_records
 from .shared_folder import check_unfinished, shared_folder
 from .staging import partial_folder
-from .train_arguments import check_launch, check_sharding
+from .train_arguments import asked_sharding, check_launch, check_sharding
 from .train_export import copy_legal, verify_saved
 from .train_model import load_trained
 
@@ -58,14 +60,17 @@ def run(options: RlOptions) -> Path:
 
 def _accelerator(options: RlOptions) -> Accelerator:
     on_cpu = options.device == "cpu" or torch.accelerator.current_accelerator() is None
-    handlers: Any = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+    is_launched = "WORLD_SIZE" in os.environ  # alone, accelerate fails with a backend
+    handlers: Any = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and is_launched else []
     accelerator = Accelerator(
         mixed_precision="bf16" if options.bf16 else "no",
-        cpu=options.device == "cpu",
+        # DeepSpeed and FSDP are silently left out where the CPU is asked for.
+        cpu=options.device == "cpu" or (on_cpu and asked_sharding() is None),
         log_with=list(options.report_to) or None,
         project_dir=None if options.out is None else str(partial_folder(options.out.expanduser()) / "work"),
         kwargs_handlers=handlers,
     )
+    check_processes(accelerator)
     check_sharding(accelerator.distributed_type)
     return accelerator
 
@@ -87,6 +92,11 @@ def _train(job: RlJob, output: Path, folder: Path) -> RlRun:
     options, accelerator = job.options, job.accelerator
     _say(job, f"Loading the policy {job.source.name}")
     model = _policy(job)
+    weights = list(model.parameters())
+    sizes = {
+        "parameters": sum(weight.numel() for weight in weights),
+        "trained_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
+    }
     _say(
         job,
         f"{job.algorithm.title} on {len(job.prompts):,} prompts, {job.settings.prompts_per_step} x "
@@ -116,8 +126,7 @@ def _train(job: RlJob, output: Path, folder: Path) -> RlRun:
         state=state,
         history=trainer.history.read() if job.is_main else [],
         completions=trainer.completions.read() if job.is_main else [],
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **sizes,  # from before the training, which may divide them
     )
     if job.is_main:
         write_rl_records(finished, output)

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..rl import ALGORITHMS, Algorithm, PolicySettings, Prompt, make_prompts
-from ..rl.rewards import NamedReward, RewardSet, load_reward
+from ..rl.rewards import RewardSet, load_reward
 from .calibrate import context_length
 from .options import flag
 from .prepare import SIZE, check_machine, check_names
@@ -58,8 +58,9 @@ def prepare_rl(options: RlOptions, accelerator: Accelerator) -> RlJob:
     algorithm = _algorithm(options)
     settings = _settings(options, algorithm)
     settings.check(algorithm, accelerator.num_processes)
-    rewards = _rewards(options)
+    rewards = _rewards(options, settings.max_completion_length)
     rows, held = _rows(options)
+    rewards.check_columns(list(rows[0]))
     source = open_training_source(options.model, allow_compressed=True)
     if not source.has_weights:
         raise ValueError(f"'{options.model}' has no weights; a policy must be a trained language model")
@@ -121,7 +122,7 @@ def _settings(options: RlOptions, algorithm: Algorithm) -> PolicySettings:
     return PolicySettings(**{**given, **resolve(algorithm, options.preset, given), "stop": stop})
 
 
-def _rewards(options: RlOptions) -> RewardSet:
+def _rewards(options: RlOptions, max_completion_length: int) -> RewardSet:
     weights = options.reward_weights or (1.0,) * len(options.reward)
     if not options.reward:
         raise ValueError("--reward names nothing; name at least one reward")
@@ -129,10 +130,10 @@ def _rewards(options: RlOptions) -> RewardSet:
         raise ValueError(
             f"--reward-weights gives {len(weights)} weights for {len(options.reward)} rewards; give one each"
         )
-    found = []
-    for name, weight in zip(options.reward, weights, strict=True):
-        reward = load_reward(name)
-        found.append(NamedReward(name=reward.name, function=reward.function, weight=float(weight)))
+    found = [
+        load_reward(name, weight=float(weight), max_completion_length=max_completion_length)
+        for name, weight in zip(options.reward, weights, strict=True)
+    ]
     return RewardSet(found, timeout_seconds=options.reward_timeout)
 
 

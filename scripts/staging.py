@@ -103,6 +103,7 @@ def staged_folder(out: Path, fingerprint: Mapping[str, Any], *, replace: bool = 
 
     Raises:
         ValueError: The target is not empty, or another process is at work on it.
+        OSError: The folder of the target cannot be written to.
         DiskFullError: The disk ran full.
     """
     out = out.expanduser().absolute()
@@ -113,6 +114,7 @@ def staged_folder(out: Path, fingerprint: Mapping[str, Any], *, replace: bool = 
     try:
         lock.acquire()
     except Timeout as error:
+        _check_writable(Path(lock.lock_file))
         raise ValueError(
             f"another moekit{_holder(out)} is writing '{out}'; wait for it, or choose another --out"
         ) from error
@@ -126,6 +128,16 @@ def staged_folder(out: Path, fingerprint: Mapping[str, Any], *, replace: bool = 
         Path(lock.lock_file).unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def _check_writable(path: Path) -> None:
+    """Raise what the system has against a file; `FileLock` takes that for a lock that another holds.
+
+    Raises:
+        OSError: It cannot be made or written.
+    """
+    with path.open("a"):
+        pass
 
 
 def _prepare(out: Path, fingerprint: Mapping[str, Any]) -> Staging:

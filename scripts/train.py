@@ -47,7 +47,7 @@ def run(options: TrainOptions) -> Path:
 
 def _train(job: TrainJob, output: Path) -> TrainRun:
     """Do the work; every process comes through here."""
-    checkpoints = whole_checkpoints(job.folder, job.arguments)
+    checkpoints = whole_checkpoints(job)
     say(job, f"Training on {len(job.examples.train):,} examples, {job.arguments.world_size} process(es)")
     model = _make_model(job, is_resumed=bool(checkpoints))
     use_cache = getattr(model.config, "use_cache", None)

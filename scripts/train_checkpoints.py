@@ -6,12 +6,12 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .console import warn
 from .train_arguments import asked_sharding
+from .training_job import TrainingJob
 
 
 def step_of(checkpoint: Path) -> int:
@@ -19,21 +19,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def whole_checkpoints(folder: Path, arguments: TrainingArguments) -> list[Path]:
+def whole_checkpoints(job: TrainingJob) -> list[Path]:
     """Checkpoints that can be gone on from, the last first."""
-    found = [path for path in folder.glob("checkpoint-*") if fault_of(path, arguments) is None]
+    found = [path for path in job.folder.glob("checkpoint-*") if fault_of(path, job) is None]
     return sorted(found, key=step_of, reverse=True)
 
 
-def remove_incomplete(folder: Path, arguments: TrainingArguments) -> None:
+def remove_incomplete(job: TrainingJob) -> None:
     """Remove what a killed run was writing, or a failing disk spoilt, and say so."""
-    for path in sorted(folder.glob("checkpoint-*")):
-        if (fault := fault_of(path, arguments)) is not None:
+    for path in sorted(job.folder.glob("checkpoint-*")):
+        if (fault := fault_of(path, job)) is not None:
             warn(f"{path.name} is not used and removed: {fault}")
             shutil.rmtree(path)
 
 
-def fault_of(checkpoint: Path, arguments: TrainingArguments) -> str | None:
+def fault_of(checkpoint: Path, job: TrainingJob) -> str | None:
     """Why a checkpoint would not give the weights of an uninterrupted run; ``None`` where it would.
 
     Trainer itself goes on without an optimizer or a schedule that is missing, to other weights.
@@ -44,7 +44,7 @@ def fault_of(checkpoint: Path, arguments: TrainingArguments) -> str | None:
         return f"{TRAINER_STATE_NAME}, which is written last, is missing or damaged"
     if state.get("global_step") != step_of(checkpoint):
         return f"{TRAINER_STATE_NAME} is of another step"
-    world = arguments.world_size
+    world = job.arguments.world_size
     pickled = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
     is_divided = asked_sharding() is not None  # into folders of parts, which accelerate checks itself
     if not is_divided:
@@ -53,7 +53,11 @@ def fault_of(checkpoint: Path, arguments: TrainingArguments) -> str | None:
         # What torch.save writes is a zip, whose list of contents stands at its end.
         if not zipfile.is_zipfile(checkpoint / name):
             return f"{name} is missing or cut off"
-    return None if is_divided else _weights_fault(checkpoint)
+    if is_divided:
+        return None
+    if (lost := job.lost_file(checkpoint)) is not None:
+        return f"{lost} is missing"
+    return _weights_fault(checkpoint)
 
 
 def _weights_fault(checkpoint: Path) -> str | None:

@@ -82,6 +82,10 @@ class TrainingJob:
         more = {**self.inputs, "processes": self.arguments.world_size, "versions": versions()}
         return json.loads(json.dumps(given | more, default=str))
 
+    def lost_file(self, checkpoint: Path) -> str | None:
+        """Name a file that only this kind of training has in a checkpoint, and that this one lacks."""
+        return None
+
 
 def checkpoint_folder(out: Path) -> Path:
     """Where the checkpoints of an unfinished run for `out` are."""

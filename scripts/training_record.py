@@ -97,7 +97,7 @@ def write_run_file(
             "fingerprint": job.examples.fingerprint,
             "examples": {"train": len(job.examples.train), "held_out": len(job.examples.held_out)},
         },
-        "metrics": {**metrics, "history": [_finite(record) for record in run.history]},
+        "metrics": finite({**metrics, "history": run.history}),
         "warnings": list(run.warnings),
     }
     text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False, default=str)
@@ -109,12 +109,13 @@ def config_values(options: CommonOptions) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
 
 
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Without numbers that JSON cannot hold."""
-    return {
-        key: None if isinstance(value, float) and not isfinite(value) else value
-        for key, value in record.items()
-    }
+def finite(value: Any) -> Any:
+    """The same without numbers that JSON cannot hold, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def model_name(model: str) -> str:

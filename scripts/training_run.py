@@ -1,8 +1,7 @@
 """How a checked training runs: in a folder that all processes share, and on from its last checkpoint."""
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .console import show, step, warn
-from .options import flag
-from .staging import STATE_FILE, partial_folder, staged_folder
+from .shared_folder import check_unfinished, shared_folder
 from .train_checkpoints import remove_incomplete, step_of
-from .training_job import TrainingJob, checkpoint_folder
+from .training_job import TrainingJob
 
 
 def carry_out(job: TrainingJob, work: Callable[[Any, Path], Any], table: Callable[[Any], Any]) -> Path:
@@ -27,7 +25,16 @@ def carry_out(job: TrainingJob, work: Callable[[Any, Path], Any], table: Callabl
     Returns:
         The folder that was made.
     """
-    with shared_folder(job) as output:
+    out, state = Path(str(job.options.out)).expanduser(), job.arguments.distributed_state
+    if job.is_main:
+        check_unfinished(out, job.settings, vars(job.options), f"{job.folder.name}/checkpoint-*")
+    with shared_folder(
+        out,
+        job.settings,
+        is_main=job.is_main,
+        wait=(lambda: None) if state is None else state.wait_for_everyone,
+        begin=partial(_begin, job),
+    ) as (output, _):
         finished = work(job, output)
     if job.is_main:
         show(table(finished))
@@ -37,48 +44,9 @@ def carry_out(job: TrainingJob, work: Callable[[Any, Path], Any], table: Callabl
     return Path(str(job.options.out))
 
 
-@contextmanager
-def shared_folder(job: TrainingJob) -> Iterator[Path]:
-    """The hidden folder's output; the main process makes it, and renames it when all are done."""
-    out, state = Path(str(job.options.out)).expanduser(), job.arguments.distributed_state
-    wait = (lambda: None) if state is None else state.wait_for_everyone
-    if not job.is_main:
-        wait()
-        yield partial_folder(out) / "output"
-        wait()
-        return
-    check_unfinished(job)
-    with staged_folder(out, job.settings) as staging:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        remove_incomplete(job.folder, job.arguments)
-        wait()
-        yield staging.output
-        wait()
-
-
-def check_unfinished(job: TrainingJob) -> None:
-    """Refuse to give up the work of an unfinished run that had other settings.
-
-    Raises:
-        ValueError: Names the settings, and what to do.
-    """
-    out, settings, options = Path(str(job.options.out)).expanduser(), job.settings, vars(job.options)
-    folder = partial_folder(out)
-    try:
-        earlier = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    changed = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
-    # What follows from the options, such as the examples from the seed, would only hide the cause.
-    changed = [key for key in changed if key in options] or changed
-    if changed and any(checkpoint_folder(out).glob("checkpoint-*")):
-        names = [flag(key) if key in options else key for key in changed]
-        values = [f"{earlier.get(key)!r:.80} then, {settings.get(key)!r:.80} now" for key in changed]
-        shown = "; ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
-        raise ValueError(
-            f"an unfinished run for '{out}' had other settings ({shown}); give its command again, choose "
-            f"another --out, or remove '{folder}'"
-        )
+def _begin(job: TrainingJob, work: Path) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    remove_incomplete(job)
 
 
 def say(job: TrainingJob, text: str) -> None:

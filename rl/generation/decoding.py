@@ -1,36 +1,41 @@
 """One batch of completions, token by token."""
 
-# P distinct prompts, B completions, R of them still in the batch, S prompt positions, N new tokens, V vocabulary,
-# E end tokens
+# P distinct prompts, B completions, R of them still in the batch, S prompt positions, N new tokens,
+# V vocabulary, E end tokens
 
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DummyLayer
 
-from .growing_cache import growing_cache
+from .growing_cache import GrowingLayer, GrowingSlidingLayer, growing_cache
 from .sampling import draw_tokens
 from .settings import SamplingSettings
 from .stopping import StopTexts
 
 # Finished rows leave the batch when they are at least this share of it.
 COMPACTION_SHARE = 0.25
-# Steps between two looks at which rows are finished; on an accelerator each makes the host wait for the device.
+# Steps between two looks at which rows are finished; each makes the host wait for an accelerator.
 STEPS_BETWEEN_LOOKS = {"cpu": 1}
 DEFAULT_STEPS_BETWEEN_LOOKS = 8
+# Cache layers of attention that leaves padding out.
+MASKED_LAYERS = (GrowingLayer, GrowingSlidingLayer, DummyLayer)
 
 
 class CachedModel:
     """A model behind its key-value cache: prompts in, then one token a step.
 
-    The cache holds one row for each distinct prompt until `select` makes one row for each completion. A model that
-    keeps a cache of its own kind cannot have its rows selected, so every row is prefilled and all stay to the end.
+    The cache holds one row for each distinct prompt until `select` makes one row for each completion. Of a
+    model that keeps a cache of its own kind no rows are selected: each is prefilled, and all stay to the end.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
+        if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
+            raise ValueError(f"{type(model).__name__} does not continue text; use a causal language model")
         parameters = signature(model.forward).parameters
         self.cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
         if self.cache_name not in parameters:
@@ -43,13 +48,18 @@ class CachedModel:
         self.can_select = self.model._supports_default_dynamic_cache()
         self.cache: Any = None
         self.mask_RS: Tensor | None = None
-        self.positions_R1: Tensor | None = None
+        self.positions_R1: Any = None
         self.length = 0
 
     @property
     def pads(self) -> bool:
-        """Whether prompts of different lengths can share a batch; a recurrent state would read the padding."""
-        return self.can_select and not any(growing_cache(self.model.config).is_linear)
+        """Whether prompts of different lengths can share a batch.
+
+        Full and sliding attention mask the padding; a recurrent state reads it, and sparse attention (an
+        indexer) spends its choices on it.
+        """
+        layers = growing_cache(self.model.config).layers
+        return self.can_select and all(type(layer) in MASKED_LAYERS for layer in layers)
 
     def prefill(self, ids_PS: Tensor, mask_PS: Tensor, max_new_tokens: int) -> Tensor:
         """Logits ``[P, V]`` of the first token after each left-padded prompt."""
@@ -84,7 +94,9 @@ class CachedModel:
         if self.mask_RS is not None:
             inputs["attention_mask"] = self.mask_RS[:, : self.length]
         output = self.model(input_ids=ids, use_cache=True, **inputs)
-        self.cache = output[self.cache_name]
+        self.cache = output.get(self.cache_name)
+        if self.cache is None:
+            raise ValueError(f"{type(self.model).__name__} returned no {self.cache_name}; it needs a cache")
         return output.logits[:, -1]
 
 

@@ -22,8 +22,8 @@ Row = tuple[int, int]
 class EmbeddedGenerator:
     """Samples from a `transformers` model, which is left as it was found.
 
-    Each distinct prompt of a batch is read once, however many completions it gets; finished completions leave the
-    batch. The model runs in evaluation mode, which also switches gradient checkpointing off.
+    Each distinct prompt of a batch is read once, however many completions it gets; finished completions leave
+    the batch. The model runs in evaluation mode, which also switches gradient checkpointing off.
 
     Args:
         model: A causal language model; of one with PEFT adapters, `get_base_model()`.
@@ -47,9 +47,7 @@ class EmbeddedGenerator:
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1")
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"{type(model).__name__} is an encoder-decoder; use a causal language model")
-        CachedModel(model)  # refuses models without a cache
+        CachedModel(model)  # refuses what cannot continue text with a cache
         self.model = model
         self.eos_token_ids = tuple(eos_token_ids)
         self.pad_token_id = pad_token_id
@@ -63,8 +61,8 @@ class EmbeddedGenerator:
         requests or on `max_batch` (but for the rounding of the logits).
 
         Raises:
-            ValueError: A prompt that does not fit the model, stop texts without a tokenizer, or logits that are
-                not finite.
+            ValueError: A prompt that does not fit the model, stop texts without a tokenizer, or logits that
+                are not finite.
         """
         stop_texts = self._check(requests, settings)
         samples: dict[Row, Sample] = {}
@@ -84,8 +82,8 @@ class EmbeddedGenerator:
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         if context is not None and longest + settings.max_new_tokens > context:
             raise ValueError(
-                f"the longest prompt has {longest} tokens; with max_new_tokens={settings.max_new_tokens} it does "
-                f"not fit the model's context of {context}: shorten the prompts or max_new_tokens"
+                f"the longest prompt has {longest} tokens; with max_new_tokens={settings.max_new_tokens} it "
+                f"does not fit the model's context of {context}: shorten the prompts or max_new_tokens"
             )
         for index, request in enumerate(requests):
             if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < config.vocab_size:

@@ -1,7 +1,7 @@
 """A key-value cache that grows without being copied at each token.
 
-The dynamic cache of `transformers` concatenates: every token copies every layer's keys and values, which on a CPU
-is the largest single cost of decoding a small model. Here they lie in tensors with free columns behind them.
+The dynamic cache of `transformers` concatenates: every token copies every layer's keys and values, which on a
+CPU is a large part of decoding a small model. Here they lie in tensors with free columns behind them.
 """
 
 from typing import Any

@@ -52,8 +52,8 @@ def draw_tokens(
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
     """Draw a token for each row, or take the most probable one.
 
-    A token of probability 0 is never drawn: the search finds the first cumulative sum *above* the number, and a
-    token without weight does not raise it.
+    A token of probability 0 is never drawn: the search finds the first cumulative sum *above* the number, and
+    a token without weight does not raise it.
 
     Args:
         logits: As the model returns them, any floating dtype.
@@ -61,15 +61,15 @@ def draw_tokens(
         settings: Temperature and truncation.
 
     Returns:
-        Tokens, and their log-probs in float32: log-softmax(logits / temperature) over the whole vocabulary, before
-        the truncation. A log-prob is NaN where the logits are not usable (NaN, +inf, or nothing finite);
-        such a row's token means nothing.
+        Tokens, and their log-probs in float32: log-softmax(logits / temperature) over the whole vocabulary,
+        before the truncation. A log-prob is NaN where the logits are not usable (NaN, +inf, or nothing
+        finite); such a row's token means nothing.
     """
     logits = logits.float()
     if settings.temperature != 1:
         logits = logits / settings.temperature
     peak_R1 = logits.amax(-1, keepdim=True)
-    # exp(logits - peak) serves the normaliser and the draw; a log-softmax would read the vocabulary twice more.
+    # exp(logits - peak) serves the normaliser and the draw; a log-softmax would be two more passes.
     weights_RV = (logits - peak_R1).exp_()
     if settings.greedy:
         tokens_R1 = logits.argmax(-1, keepdim=True)

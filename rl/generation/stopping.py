@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# Tokens decoded beyond the longest text: the first few of a tail may decode differently without their neighbours.
+# Tokens decoded beyond the longest text: the first ones may decode differently without their neighbours.
 EXTRA_TOKENS = 8
 
 
 class StopTexts:
     """Looks for stop texts at the end of completions.
 
-    Only a tail is decoded, as long as the longest text can be: each token that matters holds at least one of its
-    bytes. Special tokens are decoded too, so their text can stop.
+    Only a tail is decoded, as long as the longest text can be: each token that matters holds at least one of
+    its bytes. Special tokens are decoded too, so their text can stop.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:

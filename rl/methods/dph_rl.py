@@ -72,4 +72,4 @@ def regularizer(
     log_ratios_BL = torch.where(mask_BL, now.logprobs - reference_BL, 0.0).clamp(max=MAX_LOG_RATIO)
     values_BL = generator(log_ratios_BL, divergence, alpha)
     metrics = {"rehearsal/divergence": values_BL.detach(), "rehearsal/log_ratio": log_ratios_BL.detach()}
-    return TokenLoss(values=eta * values_BL, metrics=metrics, mask=mask_BL)
+    return TokenLoss(values=eta * values_BL, metrics=metrics)

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 _PROGRAM = Path(__file__).with_name("checker_process.py")
 _START_SECONDS = 300.0
-_GRACE_SECONDS = 1.0
-"""The process has this long to notice by itself that it is late."""
+_PATIENCE = 20
+"""So many times the processor's time is waited, because the machine may be busy, before it is given up."""
 
 
 class Checker:
@@ -24,7 +25,7 @@ class Checker:
     Args:
         kind: Who judges.
         package: What it imports.
-        seconds: For each answer.
+        seconds: Of the processor, for each answer.
 
     Raises:
         ValueError: The package is not installed.
@@ -52,7 +53,7 @@ class Checker:
             ValueError: The checker has failed; the message says why.
         """
         with self._lock:
-            if self._process is None:
+            if self._process is None or self._process.poll() is not None:
                 self._start()
             reply = self._exchange(json.dumps(request))
         if reply is None or "late" in reply:
@@ -74,6 +75,7 @@ class Checker:
         )
         self._end = weakref.finalize(self, _end, self._process)
         self._replies = queue.SimpleQueue()
+        assert self._process.stdout is not None
         threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True).start()
         greeting = self._reply(_START_SECONDS)
         if greeting is None or "ready" not in greeting:
@@ -87,7 +89,7 @@ class Checker:
         try:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-            reply = self._reply(self.seconds + _GRACE_SECONDS)
+            reply = self._reply(_PATIENCE * self.seconds)
         except OSError:
             reply = None
         if reply is None:
@@ -106,7 +108,7 @@ class Checker:
         self._process = None
 
 
-def _read(source: IO[str], replies: "queue.SimpleQueue[str | None]") -> None:
+def _read(source: Iterable[str], replies: "queue.SimpleQueue[str | None]") -> None:
     with contextlib.suppress(OSError, ValueError):  # closed meanwhile
         for line in source:
             replies.put(line)

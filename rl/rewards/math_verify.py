@@ -16,7 +16,7 @@ def math_equal(seconds: float = 5.0) -> RewardFunction:
     some never end.
 
     Args:
-        seconds: For one answer; one that takes longer gets 0.
+        seconds: Of the processor, for one answer; one that takes longer gets 0.
 
     Raises:
         ValueError: math-verify is not installed.

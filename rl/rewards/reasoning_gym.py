@@ -18,7 +18,7 @@ def reasoning_gym_score(seconds: float = 5.0) -> RewardFunction:
     own, but with the rights of the training: some evaluate answers as Python expressions.
 
     Args:
-        seconds: For one answer; one that takes longer gets 0.
+        seconds: Of the processor, for one answer; one that takes longer gets 0.
 
     Raises:
         ValueError: reasoning-gym is not installed.

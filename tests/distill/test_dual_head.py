@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from moekit.distill import AuxiliaryHeadSpec, DualHeadStudent, UnsupportedStudentError, task_head
+from moekit.distill.auxiliary_head import has_batch_norm
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -100,6 +101,29 @@ def test_a_failed_forward_leaves_no_hook():
 )
 def test_the_norm_follows_what_the_head_reads(name, norm):
     assert any(isinstance(module, norm) for module in dual(name).auxiliary_head)
+
+
+@pytest.mark.parametrize("name", ["vit-image", "llama-sequence"])
+def test_any_norm_can_be_had(name):
+    for norm, module in (("rms", nn.RMSNorm), ("none", nn.Identity)):
+        student = dual(name, norm=norm)
+        assert any(isinstance(part, module) for part in student.auxiliary_head)
+        assert not has_batch_norm(student.auxiliary_head)
+        assert student(**inputs_for(student.model)).auxiliary_logits.shape == (3, NUM_LABELS)
+
+
+def test_batch_statistics_of_all_processes():
+    """Of one process they are the same as ever; the parameters and their names stay."""
+    student = dual("vit-image")
+    inputs = inputs_for(student.model)
+    before, parameters = student(**inputs), list(student.parameters())
+    names = list(student.state_dict())
+    student.share_batch_statistics()
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in student.auxiliary_head)
+    assert has_batch_norm(student.auxiliary_head)
+    assert all(ours is theirs for ours, theirs in zip(student.parameters(), parameters, strict=True))
+    assert list(student.state_dict()) == names
+    torch.testing.assert_close(student(**inputs).auxiliary_logits, before.auxiliary_logits)
 
 
 def test_a_teacher_with_other_classes():

@@ -1,5 +1,7 @@
 """Measures of collapse on features that are known."""
 
+import math
+
 import pytest
 import torch
 from moekit.distill.neural_collapse import gradient_cosine, neural_collapse
@@ -58,3 +60,5 @@ def test_cosines_of_gradients():
     assert gradient_cosine(weight.sum(), -weight.sum(), [weight]) == pytest.approx(-1)
     assert gradient_cosine(weight[0], weight[1], [weight]) == 0
     assert gradient_cosine(weight.square().sum(), weight[0], [weight]) == pytest.approx(0.6)
+    other = torch.tensor(1.0, requires_grad=True)
+    assert math.isnan(gradient_cosine(weight.sum(), other.square(), [weight]))

@@ -16,7 +16,7 @@ from moekit.distill.language_head import NonFiniteLogitsError, logit_scale
 from moekit.distill.losses import LOSSES, ValidRows, masked_mean, valid_rows, valid_tokens
 from moekit.distill.recipe import DistillationRecipe
 from moekit.distill.student import StudentInTraining
-from moekit.distill.task_head import UnsupportedStudentError
+from moekit.distill.task_head import UnsupportedStudentError, task_head
 from moekit.distill.teachers import ModelTeacher, NonFiniteTeacherError
 from torch.nn.functional import cross_entropy
 
@@ -53,10 +53,11 @@ def in_training(name, recipe, **arguments):
 
 
 def dense(student, recipe, inputs, labels, rows, teacher):
-    """The two losses from whole logits."""
+    """The two losses from whole logits, and the features that two heads read."""
+    features = None
     if recipe.heads == "dual":
         both = student.student(**inputs)
-        logits, heard = both.logits, both.auxiliary_logits
+        logits, heard, features = both.logits, both.auxiliary_logits, both.features
     else:
         logits = heard = student.plain(**inputs).logits
     with torch.no_grad():
@@ -67,7 +68,7 @@ def dense(student, recipe, inputs, labels, rows, teacher):
     labelled = {"labels_N": labels} if method.needs_labels else {}
     loss_N = method.function(heard, said, **recipe.arguments, **labelled)
     weight = recipe.weight_for(heard.shape[-1])
-    return recipe.label_weight * cross_entropy(logits, labels), weight * masked_mean(loss_N)
+    return recipe.label_weight * cross_entropy(logits, labels), weight * masked_mean(loss_N), features
 
 
 def gradients(student):
@@ -84,7 +85,7 @@ def assert_equal_to_dense(name, recipe):
     student = in_training(name, recipe).eval()  # no dropout; the losses are the same
     teacher = student_model(name, seed=7)
     inputs, labels, rows = batch_for(name, student.plain)
-    task, distilled = dense(student, recipe, inputs, labels, rows, teacher)
+    task, distilled, _ = dense(student, recipe, inputs, labels, rows, teacher)
     (task + distilled).backward()
     wanted = gradients(student)
     student.zero_grad()
@@ -199,22 +200,35 @@ def test_alignment_on_the_way_back_is_the_factor_of_the_two_gradients():
         torch.testing.assert_close(alignment.factor.double(), factor, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["llama-lm", "bert-sequence", "bert-token"])
+def backbone(student):
+    """What both losses reach, by name: without the heads, but with a head that is an embedding."""
+    named = student.plain.named_parameters()
+    return [p for name, p in named if name.partition(".")[0] not in ("lm_head", "classifier")]
+
+
+@pytest.mark.parametrize("name", ["llama-lm", "llama-tied-lm", "bert-sequence", "bert-token"])
 @pytest.mark.parametrize("where", ["features", "backbone", "all"])
 def test_an_aligned_student_measures_its_factor(name, where):
+    """Of a second head that looks away from the first, as each would pull the features to itself."""
     recipe = DistillationRecipe(loss="mse", heads="dual", weight=50.0)
     student = in_training(name, recipe, alignment=GradientAlignment(where=where)).eval()
     teacher = student_model(name, seed=7)
+    with torch.no_grad():
+        student.student.auxiliary_head.weight.copy_(-student.head.linear.weight)
+        task_head(teacher).linear.weight.copy_(20 * student.head.linear.weight)
     inputs, labels, rows = batch_for(name, student.plain)
     said = ModelTeacher(teacher).says({**inputs, "labels": None}, rows)
     student(inputs, labels=labels, rows=rows, said=said)["loss"].backward()
     assert student.alignment is not None
     assert student.alignment.measured == 1
-    assert student.alignment.factor >= 1
-    if where == "all":
-        task, distilled = dense(student, recipe, inputs, labels, rows, teacher)
-        wanted = alignment_factor(*parameter_products(task, distilled, list(student.parameters())))
-        torch.testing.assert_close(student.alignment.factor, wanted, rtol=1e-3, atol=1e-4)
+    task, distilled, features = dense(student, recipe, inputs, labels, rows, teacher)
+    if where == "features":
+        wanted = alignment_factor(*feature_products(task, distilled, features))
+    else:
+        measured = list(student.parameters()) if where == "all" else backbone(student)
+        wanted = alignment_factor(*parameter_products(task, distilled, measured))
+    assert wanted > 1.01
+    torch.testing.assert_close(student.alignment.factor, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_lagging_alignment_takes_what_the_step_before_said():

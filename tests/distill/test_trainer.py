@@ -1,16 +1,20 @@
 """The Trainer of students: accumulation, resuming, phases, what is logged and refused."""
 
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from moekit.distill import AuxiliaryHeadSpec, DistillTrainer, DualHeadStudent, GradientAlignment
+from moekit.distill import trainer as trainer_module
 from moekit.distill.recipe import DistillationRecipe
 from moekit.distill.student import StudentInTraining
 from moekit.distill.teachers import ModelTeacher
 from moekit.distill.trainer import NonFiniteLossError
+from moekit.moe.finite import NonFiniteWeightsError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from .students import NUM_LABELS, student_model
@@ -23,6 +27,10 @@ def rows_for(name, count=24):
     generator = torch.Generator().manual_seed(3)
     rows = []
     for index in range(count):
+        if name.endswith("-image"):
+            picture = torch.randn(3, 8, 8, generator=generator)
+            rows.append({"pixel_values": picture, "row": index, "labels": index % NUM_LABELS})
+            continue
         ids_S = torch.randint(3, 40, (7,), generator=generator)
         mask_S = torch.ones(7, dtype=torch.long)
         mask_S[int(torch.randint(3, 8, (), generator=generator)) :] = 0  # so batches have different weight
@@ -33,12 +41,20 @@ def rows_for(name, count=24):
 
 
 def trainer_for(
-    folder, name="llama-lm", recipe=DHKD, alignment=None, *, has_teacher=True, stop_epoch=None, **arguments
+    folder,
+    name="llama-lm",
+    recipe=DHKD,
+    alignment=None,
+    *,
+    has_teacher=True,
+    stop_epoch=None,
+    spec=AuxiliaryHeadSpec(width=8),
+    **arguments,
 ) -> Any:
     torch.manual_seed(1)
     student: Any = student_model(name)
     if recipe.heads == "dual":
-        student = DualHeadStudent(student, AuxiliaryHeadSpec(kind="bottleneck", width=8))
+        student = DualHeadStudent(student, spec)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 4,
         "max_steps": 6,
@@ -87,19 +103,26 @@ def test_a_killed_run_goes_on_to_the_same_weights(name, recipe, tmp_path):
     assert len(losses[0]) == 6
 
 
-def test_the_loss_does_not_depend_on_how_a_batch_is_cut(tmp_path):
+@pytest.mark.parametrize("norm", ["rms", "none"])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("llama-lm", KL), ("llama-sequence", DHKD), ("vit-image", DHKD)], ids=str
+)
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(name, recipe, norm, tmp_path, caplog):
     """Rows weigh the same in full and in short batches."""
-    once = trainer_for(tmp_path, recipe=KL, max_steps=3, save_strategy="no")
+    settings = {"spec": AuxiliaryHeadSpec(width=8, norm=norm, dropout=0.0), "max_steps": 3}
+    once = trainer_for(tmp_path, name, recipe, save_strategy="no", **settings)
     once.train()
     parts = trainer_for(
         tmp_path,
-        recipe=KL,
-        max_steps=3,
+        name,
+        recipe,
         save_strategy="no",
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
+        **settings,
     )
     parts.train()
+    assert "BatchNorm" not in caplog.text
     for name, tensor in weights(once).items():
         torch.testing.assert_close(weights(parts)[name], tensor, rtol=0, atol=2e-5)
     for ours, theirs in zip(parts.state.log_history, once.state.log_history, strict=True):
@@ -113,11 +136,14 @@ def test_the_parts_of_the_loss_are_logged(tmp_path):
         tmp_path, "mixtral-lm", recipe, GradientAlignment(), max_steps=2, save_strategy="no"
     )
     trainer.train()
+    factors = []
     for row in trainer.state.log_history[:2]:
         assert row["loss"] == pytest.approx(
             row["task"] + row["distillation"] + 0.5 * row["expert_load"], rel=1e-5
         )
-        assert row["alignment_factor"] >= 1
+        factors.append(row["alignment_factor"])
+    assert max(factors) > 1
+    assert factors[-1] == pytest.approx(float(trainer.student.alignment.factor))
 
 
 def test_the_second_phase_has_neither_teacher_nor_second_head(tmp_path):
@@ -222,7 +248,7 @@ def test_evaluation_is_the_plain_models(tmp_path):
     trainer = trainer_for(tmp_path, max_steps=1, save_strategy="no")
     found = trainer.evaluate(rows_for("llama-lm", 4))
     batch = trainer.data_collator(rows_for("llama-lm", 4))
-    rows = trainer._rows(batch)
+    rows, _ = trainer._counted(batch)
     with torch.no_grad():
         logits = trainer.student.plain(batch["input_ids"], batch["attention_mask"]).logits
     wanted = torch.nn.functional.cross_entropy(rows.pack(logits), rows.labels)
@@ -250,7 +276,7 @@ def test_labels_and_teacher_count_their_own_rows(tmp_path):
         for index, row in enumerate(trainer.train_dataset):
             row["teacher_positions"] = torch.arange(7).masked_fill(torch.arange(7) % 3 == index % 2, -1)
         batch = trainer.data_collator(trainer.train_dataset[:4])
-        rows, taught = trainer._rows(batch), trainer._taught(batch)
+        rows, taught = trainer._counted(batch)
         assert 0 < len(taught) < len(rows)
         assert trainer._get_num_items_in_batch([batch], trainer.args.device) == len(rows)
         assert trainer.num_taught == len(taught)
@@ -270,3 +296,70 @@ def test_the_factor_that_is_logged_is_the_mean_since_the_last(tmp_path):
     logged = [row["alignment_factor"] for row in every_third.state.log_history if "loss" in row]
     assert len(set(factors)) > 2
     assert logged == pytest.approx([sum(factors[:3]) / 3, sum(factors[3:]) / 3])
+
+
+def test_what_counts_is_found_once_for_each_micro_batch(tmp_path, monkeypatch):
+    calls = []
+    find = trainer_module.labelled_rows
+    monkeypatch.setattr(
+        trainer_module, "labelled_rows", lambda *args, **kwargs: calls.append(1) or find(*args, **kwargs)
+    )
+    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer_for(tmp_path, recipe=KL, save_strategy="no", **arguments).train()
+    assert len(calls) == 6
+
+
+def test_labels_of_another_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"label_names=\['answers'\]: distillation reads 'labels'"):
+        trainer_for(tmp_path, label_names=["answers"])
+
+
+@pytest.mark.parametrize(
+    ("stop_epoch", "arguments", "ends"),
+    [
+        (1.0, {"max_steps": 6}, r"after epoch 1, and the training ends after 1 \(6 steps, 6 an epoch\)"),
+        (2.0, {"max_steps": -1, "num_train_epochs": 2}, r"ends after 2 \(12 steps, 6 an epoch\)"),
+        (0.9, {"max_steps": 2, "gradient_accumulation_steps": 4}, r"ends after 1 \(2 steps, 2 an epoch\)"),
+        (1.0, {"max_steps": 6, "per_device_train_batch_size": 5, "dataloader_drop_last": True}, None),
+        (1.9, {"max_steps": -1, "num_train_epochs": 2}, None),
+    ],
+)
+def test_a_second_phase_that_does_not_come_is_refused(stop_epoch, arguments, ends, tmp_path):
+    """24 rows, 4 a batch."""
+    if ends is None:
+        trainer_for(tmp_path, stop_epoch=stop_epoch, **arguments)
+        return
+    with pytest.raises(ValueError, match=ends):
+        trainer_for(tmp_path, stop_epoch=stop_epoch, **arguments)
+
+
+def test_batch_statistics_of_a_part_of_the_batch_are_warned_of(tmp_path, caplog):
+    trainer_for(tmp_path, "vit-image")
+    assert "BatchNorm" not in caplog.text
+    trainer = trainer_for(tmp_path, "vit-image", gradient_accumulation_steps=2)
+    assert "one micro-batch of one process, and a step has 2 x 1" in caplog.text
+    assert caplog.text.count("BatchNorm") == 1
+    caplog.clear()
+    student = trainer.student.student
+    for device, is_shared in (("cpu", False), ("cuda", True)):
+        arguments = SimpleNamespace(world_size=2, gradient_accumulation_steps=1, process_index=0)
+        arguments.device = torch.device(device)
+        DistillTrainer._share_batch_statistics(SimpleNamespace(args=arguments), student)  # pyright: ignore
+        assert any(isinstance(m, nn.SyncBatchNorm) for m in student.auxiliary_head.modules()) == is_shared
+        assert ("a step has 1 x 2" in caplog.text) != is_shared
+        caplog.clear()
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_saved(tmp_path):
+    trainer = trainer_for(tmp_path, recipe=KL, lr_scheduler_type="constant", max_steps=3, save_steps=2)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
+
+    class Rise(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer.optimizer.param_groups[0]["lr"] = 1e39
+
+    trainer.add_callback(Rise())
+    with pytest.raises(NonFiniteWeightsError, match="after step 3"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

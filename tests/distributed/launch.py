@@ -99,7 +99,9 @@ REFUSED = {
 """Ways that silently are not what they seem, by what `moekit train` says of them."""
 
 
-def launch(backend: Backend, folder: Path, command: Sequence[object]) -> subprocess.CompletedProcess[str]:
+def launch(
+    backend: Backend, folder: Path, command: Sequence[object], worker: Path = WORKER
+) -> subprocess.CompletedProcess[str]:
     """Run `moekit` with a command's words on two processes, which leave their notes in a folder."""
     port = str(_free_port())
     if backend.config is None:
@@ -107,7 +109,7 @@ def launch(backend: Backend, folder: Path, command: Sequence[object]) -> subproc
     else:
         file = _write_config(backend, folder)
         starter = ["accelerate.commands.launch", "--config_file", str(file), "--main_process_port", port]
-    started = [sys.executable, "-m", *starter, str(WORKER), str(folder), *map(str, command)]
+    started = [sys.executable, "-m", *starter, str(worker), str(folder), *map(str, command)]
     return _run(started, _environment() | backend.environment)
 
 

@@ -96,7 +96,7 @@ def _local_size(weight: Any) -> int:
     return (weight.to_local() if hasattr(weight, "to_local") else weight).numel()
 
 
-def main() -> int:
+def main() -> None:
     """Run."""
     if os.environ.get("CPU_FSDP") == "1":
         from cpu_fsdp import allow_fsdp_on_cpu  # beside this file, which runs as a script
@@ -104,8 +104,8 @@ def main() -> int:
         allow_fsdp_on_cpu()
     training.DropoutTrainer = WatchedDropoutTrainer
     distilling.DistillTrainer = WatchedDistillTrainer
-    return cli.main(sys.argv[2:])
+    cli.command(sys.argv[2:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

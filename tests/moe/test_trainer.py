@@ -1,10 +1,11 @@
 import pytest
 import torch
 import transformers
+from moekit.moe.finite import NonFiniteWeightsError
 from moekit.moe.trainer import MoETrainer, reload_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 SIZES = {
     "vocab_size": 32,
@@ -195,3 +196,32 @@ def test_a_folder_without_a_checkpoint_gets_the_trainers_own_message(tmp_path):
     trainer = trainer_for(MoETrainer, tiny_model(), tmp_path)
     with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
         trainer._load_from_checkpoint(str(tmp_path))
+
+
+class Overflow(TrainerCallback):
+    """Makes the update of a step overflow."""
+
+    def __init__(self, step, value):
+        self.step, self.value = step, value
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            next(model.parameters()).data[0, 0] = self.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("step", [4, 5])
+def test_weights_that_overflow_are_not_saved(tmp_path, step, value):
+    """Neither in the checkpoint of the step, nor by whoever saves the model in the end."""
+    trainer = trainer_for(MoETrainer, tiny_model(), tmp_path, max_steps=5, save_steps=2)
+    trainer.add_callback(Overflow(step, value))
+    with pytest.raises(NonFiniteWeightsError, match=f"after step {step}, .* Lower the learning rate"):
+        trainer.train()
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert saved == ({"checkpoint-2"} if step == 4 else {"checkpoint-2", "checkpoint-4"})
+
+
+def test_large_weights_are_none_of_that(tmp_path):
+    trainer = trainer_for(MoETrainer, tiny_model(), tmp_path, max_steps=1)
+    next(trainer.model.parameters()).data[0, 0] = 1e30
+    trainer.check_weights()

@@ -421,6 +421,29 @@ def test_math_goes_on_after_an_answer_that_never_ends(math_reward):
     assert quick(completions=completions, answer=["7", "7", "7"]) == [1.0, 0.0, 1.0]
 
 
+@pytest.mark.slow
+def test_answer_that_keeps_the_interpreter_to_itself_is_ended(tmp_path, monkeypatch):
+    from moekit.rl.rewards import checker
+
+    program = checker._PROGRAM.read_text().replace(
+        "check = CHECKERS[kind]()", "check = lambda power: float((n := power) ** n**n > 0)"
+    )
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.setattr(checker, "_PROGRAM", tmp_path / "program.py")
+    hog = checker.Checker("math", "math_verify", seconds=0.2)
+    assert [hog.ask(power=n) for n in (2, 9, 2)] == [1.0, 0.0, 1.0]
+
+
+def test_process_that_died_is_started_again():
+    from moekit.rl.rewards.checker import Checker
+
+    checker = Checker("math", "math_verify", seconds=5.0)
+    assert checker.ask(gold="1", text="1") == 1.0
+    checker._process.kill()
+    checker._process.wait()
+    assert checker.ask(gold="1", text="1") == 1.0
+
+
 def test_math_without_right_answers_fails_by_name(math_reward):
     rewards = RewardSet([math_reward])
     assert score(rewards, ["1"], other=["1"]).failures == {"math/raised": 1}

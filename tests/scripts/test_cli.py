@@ -208,3 +208,27 @@ def test_options_that_cannot_be(checkpoint, data, tmp_path, capsys, options, mes
     assert cli.main(["compress", str(checkpoint), "--data", str(data), *TEXT_OPTIONS, *given]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.glob("out*")) == []
+
+
+@pytest.mark.parametrize("code", [0, cli.USER_ERROR])
+def test_one_of_several_processes_ends_at_once(code):
+    """With its trackers finished, and whatever threads it has, which the interpreter would wait for."""
+    program = (
+        "import atexit, threading, time\n"
+        "from torch import distributed\n"
+        "from moekit.scripts import cli\n"
+        "distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)\n"
+        "atexit.register(lambda: print('finished, together:', distributed.is_initialized()))\n"
+        "threading.Thread(target=time.sleep, args=(300,)).start()\n"
+        f"cli.main = lambda argv: {code}\n"
+        "cli.command([])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == f"finished, together: {code != 0}\n"
+
+
+def test_a_single_process_ends_with_the_code_of_its_command(monkeypatch):
+    monkeypatch.setattr(cli, "main", lambda argv: 7)
+    with pytest.raises(SystemExit, match="7"):
+        cli.command([])

@@ -12,8 +12,8 @@ from moekit.distill.losses import CENTRES, LOSSES
 from moekit.distill.recipe import HEADS
 from moekit.distill.teacher_cache_format import STORED_DTYPES, TENSORS
 from moekit.scripts import cli
+from moekit.scripts.distill_checks import OPTION_OF
 from moekit.scripts.distill_options import DistillOptions
-from moekit.scripts.distill_prepare import OPTION_OF
 from moekit.scripts.staging import partial_folder
 from transformers import AutoModelForSequenceClassification
 

@@ -144,6 +144,15 @@ def test_a_second_process_is_refused(tmp_path):
         assert (stage.work / "kept").exists()
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no folder in which nobody can write")
+def test_a_folder_that_cannot_be_written_to_is_no_other_process():
+    with (
+        pytest.raises(OSError, match="No such file or directory: '/proc/"),
+        staged_folder(Path("/proc/x"), {}),
+    ):
+        pass
+
+
 def test_a_killed_process_does_not_lock_out_the_next(tmp_path):
     out = tmp_path / "out"
     code = (

@@ -122,17 +122,20 @@ class Case:
             )
             for name, reduction in names.items():
                 if self.algorithm.bound(name) is not None:
-                    found = self.token_loss(name, cut, micro)
-                    mask = micro.policy_mask if found.mask is None else found.mask
+                    found, mask = self.token_loss(name, cut, micro), self.mask(name, micro)
                     total = total + reduce_loss(found.values, mask, reduction, self.counts(name))
         return total
 
+    def rehearses(self, name: str) -> bool:
+        return name == "regularizer" and "rehearsal" in self.algorithm.needs
+
+    def mask(self, name: str, batch: PolicyBatch) -> Tensor:
+        return batch.rehearsal_mask if self.rehearses(name) else batch.policy_mask
+
     def counts(self, name: str) -> Counts:
         batch = self.batch
-        rehearses = name == "regularizer" and "rehearsal" in self.algorithm.needs
-        mask = batch.rehearsal_mask if rehearses else batch.policy_mask
-        is_counted = batch.is_rehearsal if rehearses else ~batch.is_rehearsal
-        return count(mask, is_counted, MAX_LENGTH)
+        is_counted = batch.is_rehearsal if self.rehearses(name) else ~batch.is_rehearsal
+        return count(self.mask(name, batch), is_counted, MAX_LENGTH)
 
 
 def case(

@@ -1,20 +1,40 @@
-"""`moekit demo`: compress the small model that comes with moekit, to see what the report looks like."""
+"""`moekit demo`: compress the small model that comes with moekit, and train what is left of it."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import compress
-from .options import CompressOptions, DemoOptions
+from .options import CommonOptions, CompressOptions, DemoOptions
 from .prepare import SAMPLE_FILE, bundled_folder
 from .record import read_run_file
+from .rl_options import RlOptions
 
+OUT, RL_OUT = Path("moekit-demo"), Path("moekit-demo-rl")
 SHARE = 0.5
 SEQ_LEN = 256
 CALIBRATION_TOKENS = 32768
 EVAL_TOKENS = 32768
+TASK = "reasoning-gym:chain_sum:min_terms=2,max_terms=3,min_digits=1,max_digits=2,size=4000"
+RL_STEPS = 200
+RL: dict[str, Any] = {
+    "data": TASK,
+    "prompt_template": "Q: {question}\\nA:",
+    "stop": ("\\n",),
+    "max_completion_length": 16,
+    "preset": "tiny",
+    "learning_rate": 1e-4,
+    "lr_scheduler": "linear",
+    "eval_prompts": 128,
+    "eval_steps": 20,
+    "logging_steps": 5,
+}
 
 
 def run(options: DemoOptions) -> Path | None:
-    """Compress the bundled model to half its experts; an earlier demo gives way once the new one is whole.
+    """Compress the bundled model to half its experts; then, for the job rl, train it to do sums.
+
+    An earlier demo gives way once the new one is whole.
 
     Returns:
         The folder that was made.
@@ -26,9 +46,13 @@ def run(options: DemoOptions) -> Path | None:
     bundled = bundled_folder()
     if not (bundled / "config.json").is_file():
         raise ValueError(f"this installation of moekit came without the demo's model: '{bundled}' has none")
+    is_rl = options.job == "rl"
+    out = options.out or (RL_OUT if is_rl else OUT)
+    # Beside the result, so that both can be looked at.
+    compressed = out.with_name(f"{out.name}-compressed") if is_rl else out
     job = CompressOptions(
         model=str(bundled),
-        out=options.out,
+        out=compressed,
         ratio=SHARE,
         data=str(bundled / SAMPLE_FILE),
         seq_len=SEQ_LEN,
@@ -36,11 +60,21 @@ def run(options: DemoOptions) -> Path | None:
         eval_tokens=EVAL_TOKENS,
         debug=options.debug,
     )
-    return compress.run(job, replace=is_earlier_demo(options.out, job))
+    made = _replace_earlier(job, compressed, compress.run)
+    if not is_rl:
+        return made
+    from . import rl
+
+    training = RlOptions(model=str(compressed), out=out, steps=RL_STEPS, debug=options.debug, **RL)
+    return _replace_earlier(training, out, rl.run)
 
 
-def is_earlier_demo(folder: Path, job: CompressOptions) -> bool:
-    """Whether a folder holds the result of the demo, and of no other compression of the same model."""
+def _replace_earlier(job: Any, out: Path, work: Callable[..., Path | None]) -> Path | None:
+    return work(job, replace=is_earlier_demo(out, job))
+
+
+def is_earlier_demo(folder: Path, job: CommonOptions) -> bool:
+    """Whether a folder holds the result of the demo, and of no other run of the same model."""
     config = read_run_file(folder).get("config")
     if not isinstance(config, dict):
         return False

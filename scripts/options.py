@@ -126,10 +126,12 @@ class CompressOptions(CommonOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(CommonOptions):
-    """Compress the small model that comes with moekit to half its experts."""
+    """Compress the small model that comes with moekit to half its experts, or win back what that cost."""
 
-    out: Path = Path("moekit-demo")
-    """Folder of the result; an earlier demo there is replaced."""
+    job: Positional[Annotated[Literal["compress", "rl"], arg(metavar="{compress,rl}")]] = "compress"
+    """rl: compress it, and then train it to do sums (needs the extra rl; some minutes)."""
+    out: OptionalPath = None
+    """Folder of the result, moekit-demo or moekit-demo-rl; an earlier demo there is replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +26,12 @@ WORK = "rl"
 """Folder of checkpoints and history, in the folder of the work."""
 
 
-def run(options: RlOptions) -> Path:
+def run(options: RlOptions, *, replace: bool = False) -> Path:
     """Train, or go on with the training that the same options began.
 
     Args:
         options: What to do.
+        replace: The output folder may hold something, which goes once the new result is whole.
 
     Returns:
         The folder that was made.
@@ -41,13 +42,18 @@ def run(options: RlOptions) -> Path:
     """
     check_launch("rl")
     accelerator = _accelerator(options)
-    job = prepare_rl(options, accelerator)
+    job = prepare_rl(options, accelerator, replace=replace)
     out = Path(str(options.out)).expanduser()
     if job.is_main:
         check_unfinished(out, job.fingerprint, vars(options), f"{WORK}/step-*")
         _check_resume(options, out)
     with shared_folder(
-        out, job.fingerprint, is_main=job.is_main, wait=accelerator.wait_for_everyone, begin=_begin
+        out,
+        job.fingerprint,
+        is_main=job.is_main,
+        wait=accelerator.wait_for_everyone,
+        begin=_begin,
+        replace=replace,
     ) as (output, work):
         finished = _train(job, output, work / WORK)
     if job.is_main:
@@ -178,7 +184,7 @@ def _export(job: RlJob, trainer: PolicyTrainer, output: Path) -> str:
     Raises:
         VerificationError: What was written is not what was in memory.
     """
-    accelerator, model = job.accelerator, trainer.model
+    accelerator, model = job.accelerator, cast(Any, trainer.model)
     is_divided = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     state = trainer.state_dict() if is_divided else None
     if not job.is_main:

@@ -41,8 +41,8 @@ class TaskOptions(CommonOptions):
     model: PolicyModel
     """Folder or hub id of a causal language model, a compressed one above all."""
     data: OptionalText = None
-    """Prompts: rows with a prompt (text, or chat messages) and the columns that rewards read, in a .jsonl, .csv,
-    .tsv or .parquet file or a `datasets` name; or reasoning-gym:NAME with settings of the task, such as
+    """Prompts: rows with a prompt (text, or chat messages) and the columns that rewards read, in a .jsonl,
+    .csv, .tsv or .parquet file or a `datasets` name; or reasoning-gym:NAME with settings of the task, such as
     reasoning-gym:chain_sum:min_terms=2,max_terms=3,size=2000."""
     eval_data: OptionalText = None
     """The like, held out; otherwise a part of the data that is not trained on."""

@@ -48,13 +48,18 @@ class RlJob:
         return self.accelerator.is_main_process
 
 
-def prepare_rl(options: RlOptions, accelerator: Accelerator) -> RlJob:
+def prepare_rl(options: RlOptions, accelerator: Accelerator, *, replace: bool = False) -> RlJob:
     """Check everything that can be checked before the weights are read.
+
+    Args:
+        options: What to do.
+        accelerator: Of the processes.
+        replace: The output folder may hold something.
 
     Raises:
         ValueError: What cannot be, with the fix.
     """
-    _check_options(options)
+    _check_options(options, replace=replace)
     algorithm = _algorithm(options)
     settings = _settings(options, algorithm)
     settings.check(algorithm, accelerator.num_processes)
@@ -83,13 +88,13 @@ def prepare_rl(options: RlOptions, accelerator: Accelerator) -> RlJob:
     )
 
 
-def _check_options(options: RlOptions) -> None:
+def _check_options(options: RlOptions, *, replace: bool) -> None:
     check_names(options.model, options.data)
     if options.data is None:
         raise ValueError("--data is missing: name the prompts (see `moekit rl --help`)")
     if options.out is None:
         raise ValueError("--out is missing: name the folder to make")
-    check_output(options.out.expanduser())
+    check_output(options.out.expanduser(), replace=replace)
     size = SIZE.fullmatch(options.max_shard_size)
     if size is None or float(size[1]) == 0:
         raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")

@@ -16,7 +16,7 @@ from .console import millions, table
 from .options import command_line
 from .record import FORMAT, RUN_FILE, versions
 from .rl_prepare import RlJob
-from .training_record import ModelCard, config_values, made_by, write_model_card
+from .training_record import ModelCard, config_values, made_by, model_name, write_model_card
 
 SHOWN = {
     "eval_reward": "reward",
@@ -51,8 +51,8 @@ class RlRun:
             found.append(f"rewards failed and cost their completions ({shown})")
         if state.skipped:
             found.append(
-                f"{state.skipped} of {state.step} steps changed nothing, because all completions of each prompt "
-                "earned the same; take harder or easier prompts, or more completions of each"
+                f"{state.skipped} of {state.step} steps changed nothing, because all completions of each "
+                "prompt earned the same; take harder or easier prompts, or more completions of each"
             )
         return tuple(found)
 
@@ -94,7 +94,7 @@ def write_rl_records(run: RlRun, folder: Path) -> None:
     _write_run_file(run, folder)
     write_rl_report(
         folder,
-        title=f"{run.job.algorithm.title} of {run.job.source.name}",
+        title=f"{model_name(run.job.options.model)}: {run.job.algorithm.title}",
         history=run.history,
         completions=run.completions,
         facts=_facts(run),
@@ -157,9 +157,11 @@ def _write_run_file(run: RlRun, folder: Path) -> None:
 
 def _card(run: RlRun) -> ModelCard:
     job, options = run.job, run.job.options
+    size = millions(run.parameters)
     summary = (
-        f"{made_by(run)}: trained with {job.algorithm.title} (arXiv {job.algorithm.paper}) for {run.state.step} steps "
-        f"on `{options.data}` with the rewards {', '.join(options.reward)}. {millions(run.parameters)} parameters."
+        f"{made_by(run)}: trained with {job.algorithm.title} (arXiv {job.algorithm.paper}) for "
+        f"{run.state.step} steps on `{options.data}` with the rewards {', '.join(options.reward)}. "
+        f"{size} parameters."
     )
     lines = ["| held-out prompts | before | after |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in run.rows]

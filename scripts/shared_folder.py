@@ -18,6 +18,7 @@ def shared_folder(
     is_main: bool,
     wait: Callable[[], object],
     begin: Callable[[Path], object],
+    replace: bool = False,
 ) -> Iterator[tuple[Path, Path]]:
     """Give all processes the same folders; every process has to enter and leave.
 
@@ -27,6 +28,7 @@ def shared_folder(
         is_main: Whether this process makes the folder and renames it.
         wait: Returns when all processes have called it.
         begin: Called by the main process with the folder of the work, before the others see it.
+        replace: `out` may hold something, which goes once this is whole.
 
     Yields:
         The folder that becomes `out`, and that of the work, which a run that goes on finds again.
@@ -37,7 +39,7 @@ def shared_folder(
         yield partial_folder(out) / "output", partial_folder(out) / "work"
         wait()
         return
-    with staged_folder(out, settings) as staging:
+    with staged_folder(out, settings, replace=replace) as staging:
         begin(staging.work)
         wait()
         yield staging.output, staging.work

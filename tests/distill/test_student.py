@@ -209,26 +209,32 @@ def backbone(student):
 @pytest.mark.parametrize("name", ["llama-lm", "llama-tied-lm", "bert-sequence", "bert-token"])
 @pytest.mark.parametrize("where", ["features", "backbone", "all"])
 def test_an_aligned_student_measures_its_factor(name, where):
-    """Of a second head that looks away from the first, as each would pull the features to itself."""
+    """Of two second heads, each against the other: a teacher that is sure pulls the features both ways."""
     recipe = DistillationRecipe(loss="mse", heads="dual", weight=50.0)
-    student = in_training(name, recipe, alignment=GradientAlignment(where=where)).eval()
     teacher = student_model(name, seed=7)
     with torch.no_grad():
-        student.student.auxiliary_head.weight.copy_(-student.head.linear.weight)
-        task_head(teacher).linear.weight.copy_(20 * student.head.linear.weight)
-    inputs, labels, rows = batch_for(name, student.plain)
-    said = ModelTeacher(teacher).says({**inputs, "labels": None}, rows)
-    student(inputs, labels=labels, rows=rows, said=said)["loss"].backward()
-    assert student.alignment is not None
-    assert student.alignment.measured == 1
-    task, distilled, features = dense(student, recipe, inputs, labels, rows, teacher)
-    if where == "features":
-        wanted = alignment_factor(*feature_products(task, distilled, features))
-    else:
-        measured = list(student.parameters()) if where == "all" else backbone(student)
-        wanted = alignment_factor(*parameter_products(task, distilled, measured))
-    assert wanted > 1.01
-    torch.testing.assert_close(student.alignment.factor, wanted, rtol=1e-3, atol=1e-4)
+        task_head(teacher).linear.weight.mul_(1000)
+    factors = []
+    for sign in (1, -1):
+        student = in_training(name, recipe, alignment=GradientAlignment(where=where)).eval()
+        with torch.no_grad():
+            student.student.auxiliary_head.weight.mul_(sign)
+        inputs, labels, rows = batch_for(name, student.plain)
+        said = ModelTeacher(teacher).says({**inputs, "labels": None}, rows)
+        student(inputs, labels=labels, rows=rows, said=said)["loss"].backward()
+        assert student.alignment is not None
+        assert student.alignment.measured == 1
+        student.student.alignment = None
+        task, distilled, features = dense(student, recipe, inputs, labels, rows, teacher)
+        if where == "features":
+            wanted = alignment_factor(*feature_products(task, distilled, features))
+        else:
+            measured = list(student.parameters()) if where == "all" else backbone(student)
+            wanted = alignment_factor(*parameter_products(task, distilled, measured))
+        torch.testing.assert_close(student.alignment.factor, wanted, rtol=1e-3, atol=1e-4)
+        factors.append(float(wanted))
+    assert min(factors) == 1
+    assert max(factors) > 1.01
 
 
 def test_a_lagging_alignment_takes_what_the_step_before_said():

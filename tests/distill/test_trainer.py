@@ -21,6 +21,7 @@ from .students import NUM_LABELS, student_model
 
 DHKD = DistillationRecipe(loss="binary-kl-norm", heads="dual", options={"center": "mean"})
 KL = DistillationRecipe(loss="kl")
+HEAD = AuxiliaryHeadSpec(width=8)
 
 
 def rows_for(name, count=24):
@@ -48,7 +49,7 @@ def trainer_for(
     *,
     has_teacher=True,
     stop_epoch=None,
-    spec=AuxiliaryHeadSpec(width=8),
+    spec=HEAD,
     **arguments,
 ) -> Any:
     torch.manual_seed(1)
@@ -124,7 +125,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut(name, recipe, norm, tmp_
     parts.train()
     assert "BatchNorm" not in caplog.text
     for name, tensor in weights(once).items():
-        torch.testing.assert_close(weights(parts)[name], tensor, rtol=0, atol=2e-5)
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=0, atol=1e-4)
     for ours, theirs in zip(parts.state.log_history, once.state.log_history, strict=True):
         if "loss" in ours:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -321,7 +322,7 @@ def test_labels_of_another_name_are_refused(tmp_path):
         (2.0, {"max_steps": -1, "num_train_epochs": 2}, r"ends after 2 \(12 steps, 6 an epoch\)"),
         (0.9, {"max_steps": 2, "gradient_accumulation_steps": 4}, r"ends after 1 \(2 steps, 2 an epoch\)"),
         (1.0, {"max_steps": 6, "per_device_train_batch_size": 5, "dataloader_drop_last": True}, None),
-        (1.9, {"max_steps": -1, "num_train_epochs": 2}, None),
+        (1.8, {"max_steps": -1, "num_train_epochs": 2}, None),
     ],
 )
 def test_a_second_phase_that_does_not_come_is_refused(stop_epoch, arguments, ends, tmp_path):
@@ -351,15 +352,14 @@ def test_batch_statistics_of_a_part_of_the_batch_are_warned_of(tmp_path, caplog)
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(tmp_path):
-    trainer = trainer_for(tmp_path, recipe=KL, lr_scheduler_type="constant", max_steps=3, save_steps=2)
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
+    trainer = trainer_for(tmp_path, recipe=KL, max_steps=3, save_steps=2)
 
-    class Rise(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
+    class Overflow(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                trainer.optimizer.param_groups[0]["lr"] = 1e39
+                trainer.student.head.linear.weight.grad.fill_(float("inf"))
 
-    trainer.add_callback(Rise())
+    trainer.add_callback(Overflow())
     with pytest.raises(NonFiniteWeightsError, match="after step 3"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

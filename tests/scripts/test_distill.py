@@ -14,6 +14,7 @@ from moekit.scripts import cli
 from moekit.scripts.checkpoint_files import content_fingerprint
 from moekit.scripts.distill_prepare import prepare_distillation
 from moekit.scripts.load import load_tokenizer
+from moekit.scripts.training_record import finite
 from PIL import Image
 from safetensors import safe_open
 from transformers import (
@@ -389,3 +390,34 @@ def test_a_bert_of_a_bert(judge, rows, tmp_path):
     student, out = write_dense(tmp_path / "student", tiny_bert()), tmp_path / "out"
     assert distill(student, judge, rows, out, *CLASSIFY, *ALIGNED, "--steps", 20, "--bf16") == 0
     assert record(out)["metrics"]["after"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("norm", ["batch", "rms", "none"])
+def test_the_norm_of_the_second_head(judge, rows, tmp_path, caplog, norm):
+    """Statistics of a part of a batch are warned of once."""
+    student, out = write_dense(tmp_path / "student", tiny_bert()), tmp_path / "out"
+    given = (
+        "--loss",
+        "dhkd",
+        "--auxiliary-norm",
+        norm,
+        "--auxiliary-dropout",
+        0,
+        "--gradient-accumulation",
+        2,
+    )
+    assert distill(student, judge, rows, out, *CLASSIFY, *given, "--no-compare") == 0
+    assert caplog.text.count("(--auxiliary-norm rms)") == (norm == "batch")
+
+
+def test_numbers_that_are_none_do_not_stop_the_records():
+    values = {"after": {"kl": float("nan"), "rows": 3}, "history": [{"loss": float("inf")}, {"loss": 1.5}]}
+    assert finite(values) == {"after": {"kl": None, "rows": 3}, "history": [{"loss": None}, {"loss": 1.5}]}
+
+
+def test_a_training_that_diverges_says_so(dense, checkpoint, data, tmp_path, capsys):
+    """The update of the one step is not finite, though its loss was."""
+    out = tmp_path / "out"
+    assert distill(dense, checkpoint, data, out, "--steps", 1, "--learning-rate", 1e38) == 2
+    assert "after step 1, so they are not saved: the training has diverged. Lower" in capsys.readouterr().err
+    assert not out.exists()

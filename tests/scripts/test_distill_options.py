@@ -1,5 +1,6 @@
 """What `moekit distill` refuses, with what to do, before it has begun anything."""
 
+import json
 import shutil
 import typing
 from pathlib import Path
@@ -11,8 +12,9 @@ from moekit.distill.gradient_alignment import WHERE
 from moekit.distill.losses import CENTRES, LOSSES
 from moekit.distill.recipe import HEADS
 from moekit.distill.teacher_cache_format import STORED_DTYPES, TENSORS
+from moekit.distill.trainer import OWN_ARGUMENTS
 from moekit.scripts import cli
-from moekit.scripts.distill_checks import OPTION_OF
+from moekit.scripts.distill_checks import OPTION_OF, head_spec
 from moekit.scripts.distill_options import DistillOptions
 from moekit.scripts.staging import partial_folder
 from transformers import AutoModelForSequenceClassification
@@ -64,6 +66,10 @@ def test_choices_are_those_of_the_library(option, allowed):
 def test_heads_are_those_of_the_library():
     for kind in typing.get_args(typing.get_type_hints(DistillOptions)["auxiliary_head"]):
         AuxiliaryHeadSpec(kind=kind)
+    for norm in typing.get_args(typing.get_type_hints(DistillOptions)["auxiliary_norm"]):
+        AuxiliaryHeadSpec(norm=norm)
+    paper, options = AuxiliaryHeadSpec(), DistillOptions(model="m")
+    assert head_spec(options) == paper
 
 
 def test_every_option_of_a_loss_is_one_of_some_loss():
@@ -79,6 +85,13 @@ def test_every_option_of_a_loss_is_one_of_some_loss():
         (("--align-every", 2), "--align-every is for --align-gradients"),
         (("--align-smoothing", 0.5, "--loss", "dhkd"), "--align-smoothing is for --align-gradients"),
         (("--auxiliary-width", 8), "--auxiliary-width is for --heads dual"),
+        (("--auxiliary-norm", "rms"), "--auxiliary-norm is for --heads dual"),
+        (("--loss", "dhkd", "--auxiliary-dropout", 1), "dropout=1.0 is not in [0, 1)"),
+        (("--loss", "dhkd", "--auxiliary-norm", "batch"), "padding included; take rms or none"),
+        (
+            ("--loss", "dhkd", "--auxiliary-head", "linear", "--auxiliary-norm", "rms"),
+            "--auxiliary-norm is for --auxiliary-head bottleneck",
+        ),
         (("--heads", "dual", "--label-weight", 0), "would leave the task head untrained"),
         (("--weight", 0, "--label-weight", 0), "leave nothing to learn"),
         (("--stop-epoch", 2, "--label-weight", 0), "from epoch 2 on; leave out --stop-epoch"),
@@ -97,6 +110,11 @@ def test_every_option_of_a_loss_is_one_of_some_loss():
         (("--label-weight", "nan"), "label_weight=nan is not a finite number of at least 0"),
         (("--load-balance", -1), "load_balance=-1.0 is not a finite number of at least 0"),
         (("--stop-epoch", 0), "--stop-epoch 0.0 is not a positive number"),
+        (
+            ("--stop-epoch", 1),
+            "ends after 0.1538 (4 steps, 26 an epoch): leave out stop_epoch (--stop-epoch)",
+        ),
+        (("--stop-epoch", 0.5, "--steps", 13), "dropped after epoch 0.5, and the training ends after 0.5"),
         (("--loss", "dhkd", "--auxiliary-width", 0), "--auxiliary-width 0 is not a positive number"),
         (("--loss", "dhkd", "--align-gradients", "--align-every", 0), "--align-every 0 is not a positive"),
         (("--loss", "dhkd", "--align-gradients", "--align-smoothing", 1), "--align-smoothing 1.0 is not at"),
@@ -118,6 +136,14 @@ def test_options_that_cannot_be(dense, checkpoint, data, refused, options, says)
 def test_parameters_cannot_be_compared_in_parts(dense, checkpoint, data, refused, where):
     given = ("--loss", "dhkd", "--align-gradients", "--align-at", where, "--gradient-accumulation", 2)
     refused(dense, checkpoint, data, *given, says="2 micro-batches: align at the features")
+
+
+@pytest.mark.parametrize("name", OWN_ARGUMENTS)
+def test_training_arguments_that_distillation_sets_itself(dense, checkpoint, data, tmp_path, refused, name):
+    file = tmp_path / "more.json"
+    file.write_text(json.dumps({name: None}), encoding="utf-8")
+    given = ("--training-arguments", file)
+    refused(dense, checkpoint, data, *given, says=f"sets {name}, which distillation sets itself")
 
 
 def test_there_has_to_be_a_teacher(dense, data, tmp_path, capsys):

@@ -1,9 +1,12 @@
 """What `moekit distill` keeps on the disk: what a teacher said, and the work of a run that was killed."""
 
+import gc
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
-from moekit.distill import teacher_cache_build
+from moekit.distill import DistillTrainer, teacher_cache_build
 from moekit.distill.dual_head import HEAD_FILE, SPEC_FILE
 from moekit.distill.trainer import ALIGNMENT_FILE
 from moekit.scripts.distill_teacher import TeacherSource
@@ -17,11 +20,13 @@ from .tiny_distillation import (
     distill,
     distill_killed,
     losses,
+    record,
 )
 from .tiny_training import KilledError, tiny_bert, write_dense
 
 SAVED = ("--save-steps", 1)
 ACCUMULATED = (*ALIGNED, *SAVED, "--gradient-accumulation", 2)
+SECOND_HEAD = (SPEC_FILE, HEAD_FILE, ALIGNMENT_FILE)
 IN_TWO_PHASES = (*ALIGNED, *SAVED, "--stop-epoch", 0.1, "--steps", 6)
 """A step of 103 blocks is a 26th of an epoch: the teacher goes after the third."""
 
@@ -100,16 +105,57 @@ def test_a_damaged_second_head_makes_the_run_go_on_from_before(
     assert changed(whole, out) == []
 
 
+@pytest.fixture(scope="module")
+def killed(dense, checkpoint, data, tmp_path_factory) -> Path:
+    """Of two phases, killed in the first; two checkpoints are left."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        distill_killed(patch, 3, dense, checkpoint, data, out, *IN_TWO_PHASES)
+    return partial_folder(out)
+
+
+@pytest.mark.parametrize("lost", [SECOND_HEAD[:1], SECOND_HEAD[1:2], SECOND_HEAD[2:], SECOND_HEAD], ids=str)
 def test_a_checkpoint_that_lost_a_file_is_not_taken_for_one_of_the_second_phase(
-    dense, checkpoint, data, tmp_path, monkeypatch, capsys
+    dense, checkpoint, data, killed, tmp_path, capsys, lost
 ):
     out = tmp_path / "out"
-    trainer = distill_killed(monkeypatch, 3, dense, checkpoint, data, out, *IN_TWO_PHASES)
-    for name in (SPEC_FILE, HEAD_FILE, ALIGNMENT_FILE):
-        (trainer / "checkpoint-2" / name).rename(tmp_path / name)
-        assert distill(dense, checkpoint, data, out, *IN_TWO_PHASES) == 2
-        assert f"lacks {name}; remove the checkpoint" in capsys.readouterr().err
-        (tmp_path / name).rename(trainer / "checkpoint-2" / name)
+    shutil.copytree(killed, partial_folder(out))
+    for name in lost:
+        (partial_folder(out) / "work" / "trainer" / "checkpoint-2" / name).unlink()
+    capsys.readouterr()
+    assert distill(dense, checkpoint, data, out, *IN_TWO_PHASES) == 0
+    said = capsys.readouterr().err
+    assert f"checkpoint-2 is not used and removed: {lost[0]} is missing" in said
+    assert "Going on from step 1" in said
+    assert len(losses(out, "distillation")) == 3
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_the_teacher_is_gone_in_the_second_phase(
+    dense, checkpoint, data, tmp_path, monkeypatch, loaded, compares
+):
+    """And comes back for the comparison, if that is wanted."""
+    teachers, alive = [], []
+    load, stop = TeacherSource.in_memory, DistillTrainer.stop_distilling
+
+    def noted(self, device):
+        teacher = load(self, device)
+        teachers.append(weakref.ref(teacher.model))
+        return teacher
+
+    def looked_after(self):
+        stop(self)
+        gc.collect()
+        alive.append(teachers[0]() is not None)
+
+    monkeypatch.setattr(TeacherSource, "in_memory", noted)
+    monkeypatch.setattr(DistillTrainer, "stop_distilling", looked_after)
+    given = (*IN_TWO_PHASES, *(() if compares else ("--no-compare",)))
+    assert distill(dense, checkpoint, data, tmp_path / "out", *given) == 0
+    assert alive
+    assert not any(alive)
+    assert len(loaded) == 1 + compares
+    assert ("kl" in record(tmp_path / "out")["metrics"]["after"]) == compares
 
 
 def test_an_unfinished_run_of_other_options_is_refused(

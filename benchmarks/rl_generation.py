@@ -4,8 +4,9 @@
 
 A random Qwen3-MoE (2.3 M parameters: D=128, 4 layers, E=8, K=2, V=2,048), one thread. In each round both
 write the completions of every case once, in random order; the figure is the ratio of median CPU times per
-written token, with a 95 % bootstrap interval. `generate` gets a row for each completion, samples with the same
-settings and records no log-probs, which the generator does. Writes `benchmarks/results/rl_generation.json`.
+written token, with a 95 % bootstrap interval. `generate` gets a row for each completion, samples with the
+same settings and records no log-probs, which the generator does. Writes
+`benchmarks/results/rl_generation.json`.
 """
 
 # B completions, R rounds

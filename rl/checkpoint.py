@@ -63,8 +63,9 @@ class RunState:
 def save(folder: Path, accelerator: Accelerator, state: RunState, *, keep: int = 1) -> Path:
     """Write a checkpoint, unless this step has one; every process calls it.
 
-    accelerate keeps the optimizer's state in PyTorch's own format, which it reads back with
-    ``weights_only``; the weights are safetensors.
+    accelerate keeps the optimizer's state in PyTorch's own format, and under FSDP2 the weights too, which it
+    reads back with ``weights_only``; other weights are safetensors. DeepSpeed reads its files, and those
+    alone, without ``weights_only``.
 
     Args:
         folder: Of all checkpoints of the run.

@@ -19,13 +19,15 @@ def check_processes(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if accelerator.num_processes != started or (started > 1 and kind == DistributedType.NO):
         raise ValueError(
-            f"{started} processes were started and accelerate knows of {accelerator.num_processes} ({kind.value}); "
-            "on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N, else with accelerate launch"
+            f"{started} processes were started and accelerate knows of {accelerator.num_processes} "
+            f"({kind.value}); each would train a policy of its own. Start DeepSpeed and FSDP with accelerate "
+            "launch, and plain data-parallel training with torchrun --nproc_per_node N, on CPUs with "
+            "ACCELERATE_USE_CPU=true"
         )
 
 
 def prepare_deepspeed(accelerator: Accelerator, settings: PolicySettings) -> None:
-    """Tell DeepSpeed what it would read from a data loader, where it clips, and that the policy will be saved."""
+    """Tell DeepSpeed what it would read from a data loader, where it clips, and that it will have to save."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     plugin: Any = accelerator.state.deepspeed_plugin

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from .algorithm import Algorithm
 from .generation.settings import SamplingSettings
@@ -101,7 +100,7 @@ class PolicySettings:
     rehearsal_share: float = 0.125
     rehearsal_generations: int = 8
     rehearsal_threshold: float = 1.0
-    selection_scope: Literal["minibatch", "microbatch"] = "minibatch"
+    selection_scope: str = "minibatch"
     eval_steps: int = 0
     eval_generations: int = 8
     eval_temperature: float = 1.0

@@ -13,8 +13,8 @@ from torch import nn
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Gather what FSDP2 or ZeRO-3 has divided; nothing to do for anybody else.
 
-    Within it forward passes of the unwrapped model need no other process. All processes must enter and leave it
-    together. It needs the memory of the whole model.
+    Within it forward passes of the unwrapped model need no other process. All processes must enter and leave
+    it together. It needs the memory of the whole model.
 
     Args:
         accelerator: Who has divided.

@@ -8,7 +8,9 @@ from . import compress
 from .options import CommonOptions, CompressOptions, DemoOptions
 from .prepare import SAMPLE_FILE, bundled_folder
 from .record import read_run_file
+from .rl_data import import_gym
 from .rl_options import RlOptions
+from .staging import check_output, partial_folder
 
 OUT, RL_OUT = Path("moekit-demo"), Path("moekit-demo-rl")
 SHARE = 0.5
@@ -60,17 +62,25 @@ def run(options: DemoOptions) -> Path | None:
         eval_tokens=EVAL_TOKENS,
         debug=options.debug,
     )
-    made = _replace_earlier(job, compressed, compress.run)
-    if not is_rl:
-        return made
+    return _carry_out_rl(job, out) if is_rl else _carry_out(job, out, compress.run)
+
+
+def _carry_out(job: Any, out: Path, work: Callable[..., Path | None]) -> Path | None:
+    return work(job, replace=is_earlier_demo(out, job))
+
+
+def _carry_out_rl(job: CompressOptions, out: Path) -> Path | None:
+    """Compress, unless a training of what that gave was interrupted, which needs the same files; train."""
     from . import rl
 
-    training = RlOptions(model=str(compressed), out=out, steps=RL_STEPS, debug=options.debug, **RL)
-    return _replace_earlier(training, out, rl.run)
-
-
-def _replace_earlier(job: Any, out: Path, work: Callable[..., Path | None]) -> Path | None:
-    return work(job, replace=is_earlier_demo(out, job))
+    training = RlOptions(model=str(job.out), out=out, steps=RL_STEPS, debug=job.debug, **RL)
+    # Before a minute's work, not after it.
+    import_gym(TASK)
+    check_output(out, replace=is_earlier_demo(out, training))
+    assert job.out is not None
+    if not (partial_folder(out).is_dir() and is_earlier_demo(job.out, job)):
+        _carry_out(job, job.out, compress.run)
+    return _carry_out(training, out, rl.run)
 
 
 def is_earlier_demo(folder: Path, job: CommonOptions) -> bool:

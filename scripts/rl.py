@@ -1,6 +1,7 @@
 """`moekit rl`: from a policy and rewards to a better policy, and how it came about."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +12,12 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from ..moe import save_checkpoint
 from ..moe.checkpoint import write_config_aliases
 from ..rl import PolicyTrainer
+from ..rl.checkpoint import checkpoints
 from ..rl.processes import check_processes
 from .console import show, step, warn
+from .rl_adapters import merged, save_adapters, with_adapters
 from .rl_options import RlOptions
-from .rl_prepare import DEFAULT_ALPHA, RlJob, prepare_rl
+from .rl_prepare import RlJob, prepare_rl
 from .rl_record import RlRun, progress_line, summary_table, write_rl_records
 from .shared_folder import check_unfinished, shared_folder
 from .staging import partial_folder
@@ -24,6 +27,8 @@ from .train_model import load_trained
 
 WORK = "rl"
 """Folder of checkpoints and history, in the folder of the work."""
+ADAPTERS, TRACKERS = "adapter", "trackers"
+"""Folders in the result."""
 
 
 def run(options: RlOptions, *, replace: bool = False) -> Path:
@@ -60,7 +65,7 @@ def run(options: RlOptions, *, replace: bool = False) -> Path:
         show(summary_table(finished))
         for warning in finished.warnings:
             warn(warning)
-        show(f"report: {out / 'report.html'}", f"model:  {options.out}")
+        show(f"report: {out / 'report.html'}", f"model:  {out}")
     return out
 
 
@@ -73,12 +78,16 @@ def _accelerator(options: RlOptions) -> Accelerator:
         # DeepSpeed and FSDP are silently left out where the CPU is asked for.
         cpu=options.device == "cpu" or (on_cpu and asked_sharding() is None),
         log_with=list(options.report_to) or None,
-        project_dir=None if options.out is None else str(partial_folder(options.out.expanduser()) / "work"),
+        project_dir=None if options.out is None else str(_work(options.out) / TRACKERS),
         kwargs_handlers=handlers,
     )
     check_processes(accelerator)
     check_sharding(accelerator.distributed_type)
     return accelerator
+
+
+def _work(out: Path) -> Path:
+    return partial_folder(out.expanduser()) / "work"
 
 
 def _begin(work: Path) -> None:
@@ -87,7 +96,7 @@ def _begin(work: Path) -> None:
 
 def _check_resume(options: RlOptions, out: Path) -> None:
     """Refuse `--resume` without anything to go on with."""
-    if options.resume and not any((partial_folder(out) / "work" / WORK).glob("step-*")):
+    if options.resume and not checkpoints(_work(out) / WORK):
         raise ValueError(
             f"--resume: there is no unfinished run for '{out}' with a checkpoint; leave --resume out to begin"
         )
@@ -98,16 +107,8 @@ def _train(job: RlJob, output: Path, folder: Path) -> RlRun:
     options, accelerator = job.options, job.accelerator
     _say(job, f"Loading the policy {job.source.name}")
     model = _policy(job)
-    weights = list(model.parameters())
-    sizes = {
-        "parameters": sum(weight.numel() for weight in weights),
-        "trained_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
-    }
-    _say(
-        job,
-        f"{job.algorithm.title} on {len(job.prompts):,} prompts, {job.settings.prompts_per_step} x "
-        f"{job.settings.num_generations} completions a step, {accelerator.num_processes} process(es)",
-    )
+    sizes = _sizes(model, options)
+    _announce(job, folder)
     if options.report_to:
         accelerator.init_trackers("moekit-rl", config={k: str(v) for k, v in vars(options).items()})
     trainer = PolicyTrainer(
@@ -126,6 +127,8 @@ def _train(job: RlJob, output: Path, folder: Path) -> RlRun:
     model_class = _export(job, trainer, output)
     if options.report_to:
         accelerator.end_training()
+    if job.is_main and (folder.parent / TRACKERS).is_dir():
+        shutil.move(folder.parent / TRACKERS, output / TRACKERS)
     finished = RlRun(
         job=job,
         model_class=model_class,
@@ -137,6 +140,31 @@ def _train(job: RlJob, output: Path, folder: Path) -> RlRun:
     if job.is_main:
         write_rl_records(finished, output)
     return finished
+
+
+def _sizes(model: Any, options: RlOptions) -> dict[str, int]:
+    """Parameters of the result, and those that are trained."""
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    whole = sum(weight.numel() for weight in model.parameters())
+    merged_away = 0 if options.lora is None else trained
+    return {"parameters": whole - merged_away, "trained_parameters": trained}
+
+
+def _announce(job: RlJob, folder: Path) -> None:
+    """Say what will be done, and from where it goes on."""
+    settings = job.settings
+    _say(
+        job,
+        f"{job.algorithm.title} on {len(job.prompts):,} prompts, {settings.prompts_per_step} x "
+        f"{settings.num_generations} completions a step, {job.accelerator.num_processes} process(es)",
+    )
+    if job.is_main and job.options.eval_prompts and not job.eval_prompts:
+        warn(
+            f"none of {len(job.prompts)} prompts is held out, which takes 10, so nothing is evaluated; "
+            "give --eval-data, or --eval-prompts 0"
+        )
+    if last := checkpoints(folder):
+        _say(job, f"Going on from {last[0].name.replace('-', ' ')}")
 
 
 def _say(job: RlJob, text: str) -> None:
@@ -152,30 +180,16 @@ def _on_row(job: RlJob, row: dict[str, Any]) -> None:
         job.accelerator.log(numbers, step=row["step"])
 
 
+def _weights(job: RlJob) -> Any:
+    return load_trained(job.source, job.source.config, "causal-lm", dtype="float32")
+
+
 def _policy(job: RlJob) -> Any:
     """The model as it is trained: with adapters, if they were asked for."""
-    options = job.options
-    model: Any = load_trained(job.source, job.source.config, "causal-lm", dtype="float32")
-    if options.lora is not None:
-        model = _with_adapters(model, options)
-    if options.gradient_checkpointing:
+    model = with_adapters(_weights(job), job.options)
+    if job.options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     return model.to(job.accelerator.device)
-
-
-def _with_adapters(model: Any, options: RlOptions) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("--lora needs the package peft: pip install 'moekit[rl]'") from error
-    assert options.lora is not None
-    alpha: Any = DEFAULT_ALPHA * options.lora if options.lora_alpha is None else options.lora_alpha
-    targets: Any = list(options.lora_targets) or "all-linear"
-    try:
-        return get_peft_model(model, LoraConfig(r=options.lora, lora_alpha=alpha, target_modules=targets))
-    except ValueError as error:
-        raise ValueError(f"--lora-targets {' '.join(options.lora_targets)}: {error}") from error
 
 
 def _export(job: RlJob, trainer: PolicyTrainer, output: Path) -> str:
@@ -190,8 +204,10 @@ def _export(job: RlJob, trainer: PolicyTrainer, output: Path) -> str:
     if not job.is_main:
         return type(model).__name__
     if job.options.lora is not None:
-        model.save_pretrained(output / "adapter", **({} if state is None else {"state_dict": state}))
-        model, state = model.merge_and_unload(), None
+        save_adapters(model, output / ADAPTERS, state)
+        # Nothing can be merged into weights in parts.
+        model = model.merge_and_unload() if state is None else merged(_weights(job), output / ADAPTERS)
+        state = None
     if state is not None:
         model.save_pretrained(output, state_dict=state, max_shard_size=job.options.max_shard_size)
         write_config_aliases(output / "config.json")

@@ -14,6 +14,9 @@ from .options import (
     OptionalText,
 )
 
+Template = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+Texts = Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint="")]
+Assignments = Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...", help_behavior_hint="")]
 PolicyModel = Positional[Annotated[str, arg(metavar="POLICY")]]
 AlgorithmName = Literal[
     "grpo",
@@ -41,22 +44,22 @@ class TaskOptions(CommonOptions):
     model: PolicyModel
     """Folder or hub id of a causal language model, a compressed one above all."""
     data: OptionalText = None
-    """Prompts: rows with a prompt (text, or chat messages) and the columns that rewards read, in a .jsonl,
-    .csv, .tsv or .parquet file or a `datasets` name; or reasoning-gym:NAME with settings of the task, such as
+    """Prompts: rows with a prompt (text, or chat messages) and the columns that rewards read.
+    A .jsonl, .csv, .tsv or .parquet file, or a `datasets` name; or tasks made by reasoning-gym, such as
     reasoning-gym:chain_sum:min_terms=2,max_terms=3,size=2000."""
     eval_data: OptionalText = None
-    """The like, held out; otherwise a part of the data that is not trained on."""
+    """The like, held out; otherwise up to a tenth of the data, which is then not trained on."""
     eval_prompts: int = 64
-    """Most held-out prompts to evaluate on; 0 for no evaluation."""
-    prompt_template: OptionalText = None
+    """Most held-out prompts to evaluate on; 0 for no evaluation, which leaves all data to the training."""
+    prompt_template: Template = None
     """How a prompt is made of a row's columns, such as "Q: {question}\\nA:" (\\n is a line break)."""
     reward: Names = ("exact-match",)
-    """What completions earn: names of rewards, module:function or file.py:function. The first decides which
-    completions pass in evaluations."""
+    """What completions earn: names of rewards, module:function or file.py:function.
+    The first decides which completions pass in evaluations."""
     reward_weights: Annotated[tuple[float, ...], arg(metavar="FLOAT ...", help_behavior_hint="")] = ()
-    """Of the rewards in their order; 1 each unless said otherwise."""
+    """Of the rewards in their order; 1 each unless said otherwise, 0 for one that is only watched."""
     reward_timeout: float = 10.0
-    """Seconds that a reward may take; what takes longer costs that completion, not the run."""
+    """Seconds of one call of a reward; what takes longer costs its completions, not the run."""
     pass_at: float = 0.5
     """A completion passes whose first reward reaches this."""
     tokenizer: OptionalText = None
@@ -71,13 +74,14 @@ class MethodOptions(TaskOptions):
 
     algorithm: AlgorithmName = "grpo"
     """The method; see docs/rl.md."""
-    set: Names = ()
-    """Settings of the method, NAME=VALUE each, such as epsilon=0.1."""
+    set: Assignments = ()
+    """Settings of the method, such as epsilon=0.1; a wrong name is answered with those that there are."""
     preset: Preset = "none"
-    """Values of options that are not given. tiny: for models of a few million parameters on a CPU. paper:
-    what the method's authors used, as far as it fits."""
+    """Values of options that are not given.
+    tiny: for models of a few million parameters on a CPU.
+    paper: the authors' number of optimizer steps in each step, and their weights of loss terms."""
     steps: int = 100
-    """Rollout steps."""
+    """Rollout steps: sample, reward, learn."""
     prompts_per_step: OptionalInt = None
     """Prompts of each, all processes together; 8 unless said otherwise."""
     num_generations: OptionalInt = None
@@ -102,10 +106,10 @@ class MethodOptions(TaskOptions):
     """Sample among so many of the likeliest tokens; 0 for all."""
     min_p: float = 0.0
     """Sample among tokens of at least this share of the likeliest one's probability."""
-    stop: Names = ()
+    stop: Texts = ()
     """Strings that end a completion (\\n is a line break)."""
     beta: OptionalNumber = None
-    """Weight of the divergence from the policy as it was; 0 unless said otherwise."""
+    """Weight of the KL divergence from the policy as it was; 0 unless said otherwise."""
     entropy_coef: OptionalNumber = None
     """Weight of an entropy bonus; 0 unless the method has one."""
     router_aux_loss_coef: float = 0.0
@@ -113,11 +117,11 @@ class MethodOptions(TaskOptions):
     router_replay: bool = False
     """Replay in the updates the experts that were chosen when old log-probs were computed."""
     max_sampling_rounds: int = 10
-    """For dapo: how often it samples on for groups whose rewards differ."""
+    """For dapo: how often a step samples on, at most, for groups whose rewards differ."""
     rehearsal_share: float = 0.125
     """For dph-rl: rehearsal samples of a step, as a share of its completions."""
     rehearsal_threshold: float = 1.0
-    """For dph-rl: share of right completions that makes a prompt a rehearsed one."""
+    """For dph-rl: share of right completions before the training that makes a prompt a rehearsed one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +139,13 @@ class RlOptions(MethodOptions):
     lr_scheduler: str = "constant"
     """A schedule of Transformers: constant, constant_with_warmup, linear or cosine."""
     warmup: float = 0.0
-    """Optimizer steps in which the learning rate rises; below 1 as a share of all."""
+    """Optimizer steps in which the learning rate rises, whatever the schedule; below 1 as a share of all."""
     weight_decay: float = 0.0
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to it; 0 for never."""
     lora: OptionalInt = None
-    """Train LoRA adapters of this rank on the linear maps, not the weights."""
+    """Train LoRA adapters of this rank, not the weights; fused experts are no linear maps and stay."""
     lora_alpha: OptionalNumber = None
     """Their scale; twice the rank unless said otherwise."""
     lora_targets: Names = ()
@@ -155,15 +159,16 @@ class RlOptions(MethodOptions):
     eval_generations: int = 8
     """Completions of each held-out prompt, n of pass@k."""
     eval_temperature: float = 1.0
-    """Of these; 0 for greedy ones."""
+    """Of these; 0 for a single greedy one."""
     save_steps: int = 50
     """Steps between checkpoints; at most so many are lost by an interruption."""
     logging_steps: int = 1
     """Steps between lines of progress."""
     report_to: Names = ()
-    """Trackers of accelerate, such as tensorboard or trackio, which have to be installed."""
+    """Trackers of accelerate, such as tensorboard or trackio, which have to be installed.
+    What they write to the disk is in trackers/ of the result."""
     resume: bool = False
-    """Insist that there is an unfinished run to go on with."""
+    """Refuse to begin anew: there must be an unfinished run to go on with."""
     seed: int = 0
     """Of everything random."""
     device: OptionalText = None

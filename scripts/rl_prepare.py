@@ -1,26 +1,36 @@
 """Checks of `moekit rl` before any work, and what they find."""
 
+import dataclasses
+import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from ..rl import ALGORITHMS, Algorithm, PolicySettings, Prompt, make_prompts
+from ..rl.collect import Collector
+from ..rl.optimizer import rate_function
 from ..rl.rewards import RewardSet, load_reward
-from .calibrate import context_length
-from .options import flag
-from .prepare import SIZE, check_machine, check_names
 from .record import versions
-from .rl_data import EVAL_SEED, apply_template, held_out, read_prompt_rows, rows_fingerprint
+from .rl_adapters import with_adapters
+from .rl_checks import (
+    check_device,
+    check_prompts,
+    check_rl_options,
+    policy_generator,
+    policy_skeleton,
+    said_as_options,
+)
+from .rl_data import EVAL_SEED, apply_template, held_out, prompts_fingerprint, read_prompt_rows
 from .rl_options import RlOptions
 from .rl_presets import resolve
-from .staging import check_output
-from .train_model import Source, load_processor, open_training_source, training_skeleton
+from .train_model import Source, load_processor, open_training_source
 
 NOT_SETTINGS = ("out", "debug", "resume", "logging_steps", "report_to", "device")
-DEFAULT_ALPHA = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +69,36 @@ def prepare_rl(options: RlOptions, accelerator: Accelerator, *, replace: bool = 
     Raises:
         ValueError: What cannot be, with the fix.
     """
-    _check_options(options, replace=replace)
+    check_rl_options(options, replace=replace)
+    check_device(options.device, accelerator.device)
     algorithm = _algorithm(options)
-    settings = _settings(options, algorithm)
-    settings.check(algorithm, accelerator.num_processes)
+    with said_as_options():
+        settings = _settings(options, algorithm)
+        settings.check(algorithm, accelerator.num_processes)
+        rate_function(settings)
     rewards = _rewards(options, settings.max_completion_length)
     rows, held = _rows(options)
-    rewards.check_columns(list(rows[0]))
     source = open_training_source(options.model, allow_compressed=True)
-    if not source.has_weights:
-        raise ValueError(f"'{options.model}' has no weights; a policy must be a trained language model")
+    skeleton = policy_skeleton(source, options)
     tokenizer = load_processor(options.tokenizer, source, "causal-lm")
-    training_skeleton(source.config, "causal-lm", source.name)
-    prompts = make_prompts(rows, tokenizer, max_length=options.max_prompt_length)
-    eval_prompts = make_prompts(held, tokenizer, max_length=options.max_prompt_length) if held else []
-    _check_context(settings, source, [*prompts, *eval_prompts])
+    prompts, eval_prompts = (
+        make_prompts(part, tokenizer, max_length=options.max_prompt_length) if part else []
+        for part in (rows, held)
+    )
+    collector = Collector(
+        generator=policy_generator(skeleton, source, tokenizer),
+        rewards=rewards,
+        tokenizer=tokenizer,
+        algorithm=algorithm,
+        num_generations=settings.num_generations,
+        max_completion_length=settings.max_completion_length,
+        seed=settings.seed,
+    )
+    with said_as_options():
+        check_prompts([*prompts, *eval_prompts], skeleton, settings)
+        collector.check(prompts)
+        _plain(collector).check(eval_prompts or prompts)
+    with_adapters(skeleton, options)
     return RlJob(
         options=options,
         source=source,
@@ -83,28 +108,15 @@ def prepare_rl(options: RlOptions, accelerator: Accelerator, *, replace: bool = 
         rewards=rewards,
         prompts=prompts,
         eval_prompts=eval_prompts,
-        fingerprint=_fingerprint(options, source, rows, held, accelerator.num_processes),
+        fingerprint=_fingerprint(options, source, prompts, eval_prompts, accelerator.num_processes),
         accelerator=accelerator,
     )
 
 
-def _check_options(options: RlOptions, *, replace: bool) -> None:
-    check_names(options.model, options.data)
-    if options.data is None:
-        raise ValueError("--data is missing: name the prompts (see `moekit rl --help`)")
-    if options.out is None:
-        raise ValueError("--out is missing: name the folder to make")
-    check_output(options.out.expanduser(), replace=replace)
-    size = SIZE.fullmatch(options.max_shard_size)
-    if size is None or float(size[1]) == 0:
-        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")
-    check_machine(options.device, options.seed)
-    for name in ("lora", "max_prompt_length"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{flag(name)} {value} is not a positive number")
-    if options.lora is None and (options.lora_targets or options.lora_alpha is not None):
-        raise ValueError("--lora-alpha and --lora-targets need --lora, the rank")
+def _plain(collector: Collector) -> Collector:
+    """What held-out prompts are completed by, whatever the method asks for in training."""
+    plain = dataclasses.replace(collector.algorithm, shaper=None)
+    return dataclasses.replace(collector, algorithm=plain)
 
 
 def _algorithm(options: RlOptions) -> Algorithm:
@@ -153,30 +165,27 @@ def _rows(options: RlOptions) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return rows, apply_template(held[: options.eval_prompts], options.prompt_template)
 
 
-def _check_context(settings: PolicySettings, source: Source, prompts: list[Prompt]) -> None:
-    longest = max(len(prompt.ids) for prompt in prompts)
-    context = context_length(source.config)
-    if context is not None and longest + settings.max_completion_length > context:
-        raise ValueError(
-            f"the longest prompt ({longest} tokens) and --max-completion-length "
-            f"{settings.max_completion_length} do not fit the policy's context of {context} tokens; take "
-            f"at most {context - longest}, or shorter prompts"
-        )
-
-
 def _fingerprint(
     options: RlOptions,
     source: Source,
-    rows: list[dict[str, Any]],
-    held: list[dict[str, Any]],
+    prompts: list[Prompt],
+    eval_prompts: list[Prompt],
     processes: int,
 ) -> dict[str, Any]:
     given = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
     more = {
         "model files": source.fingerprint,
-        "prompts": rows_fingerprint(rows),
-        "held-out prompts": rows_fingerprint(held),
+        "prompts": prompts_fingerprint(prompts),
+        "held-out prompts": prompts_fingerprint(eval_prompts),
+        "reward files": [_reward_file(name) for name in options.reward if ":" in name],
         "processes": processes,
         "versions": versions(),
     }
     return json.loads(json.dumps(given | more, default=str))
+
+
+def _reward_file(name: str) -> str | None:
+    """Changes when the user's own reward does, as far as it stands in its own file."""
+    place = name.rpartition(":")[0]
+    file = place if place.endswith(".py") else getattr(sys.modules[place], "__file__", None)
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -35,7 +35,7 @@ def resolve(algorithm: Algorithm, preset: str, given: dict[str, Any]) -> dict[st
         given: The options as the user left them; ``None`` where nothing was given.
     """
     found = dict(USUAL)
-    if algorithm.min_updates > 1:
+    if algorithm.min_updates > (given["num_iterations"] or 1):
         found["mini_batches"] = algorithm.min_updates
     paper = algorithm.trainer_defaults
     # A loss term is part of the method; sizes and rates are the authors' machines'.

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..moe.checkpoint import METHOD
 from ..rl import RunState
 from ..rl.report import write_rl_report
+from ..rl.report_content import pass_names, signs_of_collapse
 from .console import millions, table
 from .options import command_line
 from .record import FORMAT, RUN_FILE, versions
@@ -26,8 +27,15 @@ SHOWN = {
     "eval_truncated": "at the length limit",
 }
 """Of an evaluation, beside pass@k."""
-LINE = ("reward", "entropy", "kl", "completions/mean_length", "grad_norm", "eval_pass@1")
-"""Of a line of progress."""
+LINE = {
+    "reward": "reward",
+    "entropy": "entropy",
+    "kl": "KL",
+    "completions/mean_length": "length",
+    "grad_norm": "gradient",
+    "completions_per_second": "completions/s",
+}
+"""Of a line of progress, and how they are called there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,11 @@ class RlRun:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the reader must know first."""
+        return (*self.faults, *signs_of_collapse(self.history))
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What went wrong, beside what the curves show."""
         state, found = self.state, []
         if failed := {name: count for name, count in state.failures.items() if count}:
             shown = ", ".join(f"{name}: {count}" for name, count in sorted(failed.items()))
@@ -67,16 +80,19 @@ class RlRun:
         if not (found := self.evaluations):
             return []
         first, last = found[0], found[-1]
-        names = {name: name.removeprefix("eval_") for name in first if name.startswith("eval_pass@")} | SHOWN
+        names = {name: name.removeprefix("eval_") for name in pass_names(found)} | SHOWN
         return [(label, f"{first[n]:.3f}", f"{last[n]:.3f}") for n, label in names.items() if n in first]
 
 
 def progress_line(row: dict[str, Any], steps: int) -> str:
-    """A step in one line."""
-    shown = [
-        f"{name.removeprefix('completions/')} {row[name]:.3g}" for name in LINE if row.get(name) is not None
-    ]
-    return f"step {row['step']} of {steps}: {', '.join(shown)}"
+    """A step in one line: what was trained on, and what held-out prompts show if they were looked at."""
+    shown = [f"{label} {row[name]:.3g}" for name, label in LINE.items() if row.get(name) is not None]
+    parts = [", ".join(shown)] if shown else []
+    if names := pass_names([row]):
+        ends = dict.fromkeys((names[0], names[-1]))
+        passed = ", ".join(f"{name.removeprefix('eval_')} {row[name]:.3f}" for name in ends)
+        parts.append(f"held out: {passed}, reward {row['eval_reward']:.3g}")
+    return f"step {row['step']} of {steps}: {'; '.join(parts)}"
 
 
 def summary_table(run: RlRun) -> Table:
@@ -98,7 +114,7 @@ def write_rl_records(run: RlRun, folder: Path) -> None:
         history=run.history,
         completions=run.completions,
         facts=_facts(run),
-        warnings=run.warnings,
+        warnings=run.faults,  # the report looks for signs of collapse itself
     )
     write_model_card(run, folder, _card(run))
 
@@ -107,7 +123,7 @@ def _facts(run: RlRun) -> dict[str, str]:
     job, settings = run.job, run.job.settings
     facts = {
         "policy": job.source.name,
-        "method": f"{job.algorithm.title} ({job.algorithm.paper})",
+        "method": f"{job.algorithm.title} ({_paper(job)})",
         "prompts": f"{len(job.prompts):,} to train on, {len(job.eval_prompts):,} held out",
         "a step": f"{settings.prompts_per_step} prompts x {settings.num_generations} completions",
         "updates of a step": str(settings.updates_per_rollout),
@@ -155,14 +171,21 @@ def _write_run_file(run: RlRun, folder: Path) -> None:
     (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def _paper(job: RlJob) -> str:
+    paper = job.algorithm.paper
+    return f"arXiv:{paper}" if paper[0].isdigit() else paper
+
+
 def _card(run: RlRun) -> ModelCard:
     job, options = run.job, run.job.options
     size = millions(run.parameters)
     summary = (
-        f"{made_by(run)}: trained with {job.algorithm.title} (arXiv {job.algorithm.paper}) for "
+        f"{made_by(run)}: trained with {job.algorithm.title} ({_paper(job)}) for "
         f"{run.state.step} steps on `{options.data}` with the rewards {', '.join(options.reward)}. "
-        f"{size} parameters."
+        f"{size} parameters, in float32."
     )
+    if options.lora is not None:
+        summary += " `adapter/` holds the LoRA adapters alone, which are merged into these weights."
     lines = ["| held-out prompts | before | after |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in run.rows]
     quantised: Any = getattr(job.source.config, "quantization_config", None) or {}

@@ -13,6 +13,7 @@ from ..moe.checkpoint import write_config_aliases
 from ..moe.dropout.load import ExpertLoadCallback
 from ..moe.dropout.stock import width_caveat
 from .slimming_curve import summarise
+from .train_model import whole_tensors
 from .train_prepare import TrainJob
 from .training_job import TrainingJob
 from .verify import VerificationError
@@ -140,7 +141,8 @@ def verify_saved(model: PreTrainedModel, folder: Path) -> None:
         VerificationError: A tensor is not what it is in memory.
     """
     dtype: Any = model.dtype
-    reloaded = type(model).from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    with whole_tensors():  # DeepSpeed ZeRO-3 would wait for the other processes
+        reloaded = type(model).from_pretrained(folder, dtype=dtype, use_safetensors=True)
     mine, theirs = model.state_dict(), reloaded.state_dict()
     for name in sorted(mine.keys() | theirs.keys()):
         if name not in mine or name not in theirs or not torch.equal(mine[name].cpu(), theirs[name].cpu()):

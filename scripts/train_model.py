@@ -189,7 +189,7 @@ def options_task(task: str) -> str:
 
 
 @contextmanager
-def _whole_tensors() -> Iterator[None]:
+def whole_tensors() -> Iterator[None]:
     """Keep DeepSpeed ZeRO-3 from dividing tensors while a model is built; it does so when training begins."""
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
@@ -207,7 +207,7 @@ def training_skeleton(config: PreTrainedConfig, task: str, name: str) -> PreTrai
     """
     with (
         torch.device("meta"),
-        _whole_tensors(),
+        whole_tensors(),
         _quietly(),
         _explained(f"no model can be built from the config of '{name}'"),
     ):
@@ -229,7 +229,7 @@ def build_model(
     """
     torch.manual_seed(seed)
     if start == "scratch":
-        with _whole_tensors(), _quietly() as report, _explained(f"'{source.name}' cannot be built", report):
+        with whole_tensors(), _quietly() as report, _explained(f"'{source.name}' cannot be built", report):
             return TASKS[task].from_config(copy.deepcopy(config), dtype=torch.float32)
     model, new = _load(source, config, task, dtype="float32")
     is_whole = task == "causal-lm"
@@ -267,7 +267,7 @@ def _load(
     source: Source, config: PreTrainedConfig, task: str, *, dtype: str
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model, and the names of what its files did not hold."""
-    with _whole_tensors(), _quietly() as report, _explained(f"'{source.name}' cannot be loaded", report):
+    with whole_tensors(), _quietly() as report, _explained(f"'{source.name}' cannot be loaded", report):
         model, info = TASKS[task].from_pretrained(
             source.folder,
             config=config,
@@ -294,7 +294,7 @@ def empty_twin(config: PreTrainedConfig, task: str) -> PreTrainedModel:
     """The dense model of a config with whatever weights, to measure how fast it is."""
     plain = copy.deepcopy(config)
     vars(plain).pop("quantization_config", None)
-    with _whole_tensors(), _quietly():
+    with whole_tensors(), _quietly():
         return TASKS[task].from_config(plain, dtype=torch.float32).eval()
 
 

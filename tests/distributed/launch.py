@@ -50,8 +50,7 @@ class Backend:
 def _fsdp() -> dict[str, Any]:
     options = {
         "fsdp_version": 2,
-        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # by the model's own _no_split_modules
         "fsdp_reshard_after_forward": True,
         "fsdp_state_dict_type": "FULL_STATE_DICT",
         "fsdp_cpu_ram_efficient_loading": False,
@@ -63,7 +62,7 @@ def _fsdp() -> dict[str, Any]:
 DEEPSPEED = {"distributed_type": "DEEPSPEED", **ON_TWO}
 ZERO_2 = {
     "zero_stage": 2,
-    "gradient_accumulation_steps": 1,
+    "gradient_accumulation_steps": "auto",
     "gradient_clipping": 1.0,
     "offload_optimizer_device": "none",
     "offload_param_device": "none",

@@ -65,14 +65,15 @@ class WatchedPolicyTrainer(PolicyTrainer):
     def train(self) -> Any:
         """Train, and write the notes."""
         found = super().train()
-        state = self.accelerator.state
+        state, weights = self.accelerator.state, list(self.policy.parameters())
         notes = {
             "kind": self.accelerator.distributed_type.value,
             "fsdp_version": getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", None),
             "zero_stage": getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", None),
             "world": self.accelerator.num_processes,
             "backend": distributed.get_backend(),
-            "local_parameters": sum(local_part(weight).numel() for weight in self.policy.parameters()),
+            "parameters": sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights),
+            "local_parameters": sum(local_part(weight).numel() for weight in weights),
             "steps": self.steps,
         }
         path = Path(sys.argv[1]) / f"rank{distributed.get_rank()}.json"

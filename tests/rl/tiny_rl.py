@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "save_steps": 1,
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "hbpo": {"budgets": (0.5, 1.0), "budget_prefix": "{budget}"},
+    "hbpo": {"budgets": (0.34, 0.67), "budget_prefix": "{budget}"},
     "kl-cov": {"share": 0.1},
     "clip-cov": {"share": 0.1, "covariance_low": 0.01},
     "gtpo": {"tau": 4.0},
@@ -126,8 +126,8 @@ def tiny_trainer(folder: Path, name: str = "grpo", **given: Any) -> PolicyTraine
     Args:
         folder: Of the run.
         name: Of the algorithm.
-        given: ``model``, ``tokenizer``, ``rewards``, ``prompts``, ``method`` (settings of the algorithm), what
-            else `PolicyTrainer` takes by name; the rest are `PolicySettings`.
+        given: ``model``, ``tokenizer``, ``rewards``, ``prompts``, ``method`` (settings of the algorithm) and
+            what else `PolicyTrainer` takes by name; the rest are `PolicySettings`.
     """
     parts = {
         "model": tiny_policy,
@@ -170,7 +170,8 @@ def gradients(trainer: PolicyTrainer) -> dict[str, Tensor]:
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.0) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m: m + name)
+        message = f"{name}: {{}}".format
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=message)
 
 
 def untimed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

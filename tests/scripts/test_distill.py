@@ -14,6 +14,8 @@ from moekit.scripts import cli
 from moekit.scripts.checkpoint_files import content_fingerprint
 from moekit.scripts.distill_prepare import prepare_distillation
 from moekit.scripts.load import load_tokenizer
+from moekit.scripts.staging import partial_folder
+from moekit.scripts.train_progress import TrainingLines
 from moekit.scripts.training_record import finite
 from PIL import Image
 from safetensors import safe_open
@@ -415,9 +417,16 @@ def test_numbers_that_are_none_do_not_stop_the_records():
     assert finite(values) == {"after": {"kl": None, "rows": 3}, "history": [{"loss": None}, {"loss": 1.5}]}
 
 
-def test_a_training_that_diverges_says_so(dense, checkpoint, data, tmp_path, capsys):
-    """The update of the one step is not finite, though its loss was."""
+def test_a_training_that_diverges_says_so(dense, checkpoint, data, tmp_path, monkeypatch, capsys):
+    """The last update is not finite, though its loss was."""
+
+    def overflow(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            next(model.parameters()).grad.fill_(float("inf"))
+
+    monkeypatch.setattr(TrainingLines, "on_pre_optimizer_step", overflow)
     out = tmp_path / "out"
-    assert distill(dense, checkpoint, data, out, "--steps", 1, "--learning-rate", 1e38) == 2
-    assert "after step 1, so they are not saved: the training has diverged. Lower" in capsys.readouterr().err
+    assert distill(dense, checkpoint, data, out, "--save-steps", 2) == 2
+    assert "after step 4, so they are not saved: the training has diverged. Lower" in capsys.readouterr().err
     assert not out.exists()
+    assert [path.name for path in partial_folder(out).glob("work/trainer/*")] == ["checkpoint-2"]

@@ -112,7 +112,7 @@ def test_every_option_of_a_loss_is_one_of_some_loss():
         (("--stop-epoch", 0), "--stop-epoch 0.0 is not a positive number"),
         (
             ("--stop-epoch", 1),
-            "ends after 0.1538 (4 steps, 26 an epoch): leave out stop_epoch (--stop-epoch)",
+            "ends after 0.1538 (4 steps, 26 an epoch): leave out stop_epoch",
         ),
         (("--stop-epoch", 0.5, "--steps", 13), "dropped after epoch 0.5, and the training ends after 0.5"),
         (("--loss", "dhkd", "--auxiliary-width", 0), "--auxiliary-width 0 is not a positive number"),

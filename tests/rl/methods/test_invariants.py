@@ -62,7 +62,8 @@ def test_nothing_outside_the_masks_is_read(name):
     mask = sample.batch.policy_mask | sample.batch.rehearsal_mask
     policy = policy_logits().requires_grad_()
     now = statistics(policy, sample.batch.completion_ids)
-    wild = TokenStatistics(**{key: torch.where(mask, value, -torch.inf) for key, value in vars(now).items()})
+    tokens = {key: value for key, value in vars(now).items() if value is not None}
+    wild = TokenStatistics(**{key: torch.where(mask, value, -torch.inf) for key, value in tokens.items()})
     batch = sample.batch.with_(
         old_logprobs=torch.where(mask, sample.batch.old_logprobs, torch.inf),
         old_mean_vocab_logprobs=torch.where(mask, sample.batch.old_mean_vocab_logprobs, torch.inf),

@@ -174,7 +174,7 @@ class DistillTrainer(MoETrainer):
             outputs = {"measures": rows.sum_by_example(found_N3)}
         else:
             logits = outputs["logits"] if rows is None else rows.pack(outputs["logits"])
-            loss = nn.functional.cross_entropy(logits.float(), labels_N)
+            loss = masked_mean(nn.functional.cross_entropy(logits.float(), labels_N, reduction="none"))
         return (loss, outputs) if return_outputs else loss
 
     def _counted(self, inputs: Mapping[str, Any]) -> tuple[ValidRows | None, ValidRows | None]:
@@ -186,19 +186,19 @@ class DistillTrainer(MoETrainer):
         return rows, counted_rows(inputs, is_language_model=is_language_model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetch the micro-batches of a step, and refuse to begin with one in which nothing counts.
+        """Fetch the micro-batches of a step, and refuse one in which nothing counts.
 
-        Later steps without a row that counts change nothing.
+        Its gradient would be 0, and AdamW would still move the weights by what it remembers.
 
         Raises:
-            ValueError: All labels of the first step are ignored.
+            ValueError: All labels of the step are ignored.
         """
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         count: Any = num_items if self.teacher is None else self.num_taught
-        if self.state.global_step == 0 and num_items is not None and batches and not int(count):
+        if num_items is not None and batches and not int(count):
             raise ValueError(
-                "in the first step no position counts: every label is ignored, is padding, or has no "
-                "counterpart in the teacher's tokens; look at the data, or give a larger --batch-size"
+                f"in step {self.state.global_step + 1} no position counts: every label is ignored, is padding, or "
+                "has no counterpart in the teacher's tokens; leave such examples out, or give a larger --batch-size"
             )
         return batches, num_items
 
@@ -258,12 +258,19 @@ class DistillTrainer(MoETrainer):
         super().log(logs, start_time)
 
     def finish_step(self) -> None:
-        """Let the alignment add up what the micro-batches said, and end the first phase when it is over."""
+        """Let the alignment add up what the micro-batches said, and end the first phase when it is over.
+
+        Raises:
+            NonFiniteLossError: The loss of the step is none.
+        """
+        self.check_finite()
         self.num_steps += 1
         if (alignment := self.student.alignment) is not None:
             alignment.finish_step()
             if self.teacher is not None:
-                self.sums["alignment_factor"] = self.sums.get("alignment_factor", 0) + alignment.factor.detach()
+                self.sums["alignment_factor"] = (
+                    self.sums.get("alignment_factor", 0) + alignment.factor.detach()
+                )
         self.stop_when_due()
 
     def stop_when_due(self) -> None:

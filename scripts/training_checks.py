@@ -41,9 +41,9 @@ def check_training_options(options: TrainingOptions) -> None:
     size = SIZE.fullmatch(options.max_shard_size)
     if size is None or float(size[1]) == 0:
         raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed {options.seed} is not between 0 and {2**32 - 1}, which numpy asks for")
     check_machine(None, options.seed)
-    if options.seed >= 2**32:
-        raise ValueError(f"--seed {options.seed} is not less than 2**32, which numpy asks for")
 
 
 def check_positive(options: CommonOptions, names: Iterable[str]) -> None:

@@ -204,24 +204,21 @@ def test_a_teacher_that_becomes_nan_stops_the_run_before_anything_is_saved(loggi
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_batch_without_rows_that_count_changes_nothing(tmp_path):
-    trainer = trainer_for(tmp_path, recipe=KL, max_steps=2, save_strategy="no", lr_scheduler_type="constant")
+@pytest.mark.parametrize("bad_step", [1, 3])
+def test_a_step_in_which_nothing_counts_is_refused_whenever_it_comes(bad_step, tmp_path):
+    trainer = trainer_for(tmp_path, recipe=KL, max_steps=4, save_strategy="no")
     before = {}
-    fetch = trainer.get_batch_samples
-    seen = iter(range(2))
+    fetched = trainer._get_num_items_in_batch
 
-    def fetched(*args, **kwargs):
-        found, count = fetch(*args, **kwargs)
-        if next(seen):
+    def count(batches, device):
+        if trainer.state.global_step + 1 == bad_step:
             before.update(weights(trainer))
-            found[0]["labels"] = torch.full_like(found[0]["labels"], -100)
-            count = trainer._get_num_items_in_batch(found, trainer.args.device)
-        return found, count
+            batches[0]["labels"] = torch.full_like(batches[0]["labels"], -100)
+        return fetched(batches, device)
 
-    trainer.get_batch_samples = fetched
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
-    trainer.train()
-    assert trainer.state.log_history[1]["loss"] == 0
+    trainer._get_num_items_in_batch = count
+    with pytest.raises(ValueError, match=f"in step {bad_step} no position counts"):
+        trainer.train()
     assert_equal(weights(trainer), before)
 
 

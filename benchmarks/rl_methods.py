@@ -6,8 +6,9 @@
 The policy is the bundled model, compressed by `moekit compress` to half its experts; the task sums of two or
 three numbers of one or two digits (reasoning-gym), rewarded 1 for the right number and 0 otherwise. Every arm
 has the same prompts in the same order, samples, learning rate and, where its mathematics allows, optimizer
-steps; nothing was tuned for an arm. Demonstrations (RL-PLUS) are the right answers. A run that is there already
-is not run again. Appends to `benchmarks/results/rl_methods.jsonl`; `rl_report.py` makes tables and figures of it.
+steps; nothing was tuned for an arm. Demonstrations (RL-PLUS) are the right answers. A run that is there
+already is not run again. Appends to `benchmarks/results/rl_methods.jsonl`; `rl_report.py` makes tables and
+figures of it.
 """
 
 import json

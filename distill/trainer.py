@@ -109,7 +109,7 @@ class DistillTrainer(MoETrainer):
             self._share_batch_statistics(self.student.student)
 
     def _share_batch_statistics(self, student: DualHeadStudent) -> None:
-        """Take the statistics of BatchNorm over all processes if that can be, and say where they are of less."""
+        """Take BatchNorm's statistics over all processes if that can be, and say where they are of less."""
         if not has_batch_norm(student.auxiliary_head):
             return
         processes, parts = self.args.world_size, self.args.gradient_accumulation_steps
@@ -197,8 +197,9 @@ class DistillTrainer(MoETrainer):
         count: Any = num_items if self.teacher is None else self.num_taught
         if num_items is not None and batches and not int(count):
             raise ValueError(
-                f"in step {self.state.global_step + 1} no position counts: every label is ignored, is padding, or "
-                "has no counterpart in the teacher's tokens; leave such examples out, or give a larger --batch-size"
+                f"in step {self.state.global_step + 1} no position counts: every label is ignored, is padding, "
+                "or has no counterpart in the teacher's tokens; leave such examples out, or give a larger "
+                "--batch-size"
             )
         return batches, num_items
 

@@ -39,8 +39,8 @@ def check_stop_epoch(stop_epoch: float, arguments: TrainingArguments, num_exampl
     if stop_epoch > (total - 1) / steps:
         raise ValueError(
             f"the teacher is to be dropped after epoch {stop_epoch:g}, and the training ends after "
-            f"{total / steps:.4g} ({total} steps, {steps} an epoch): leave out stop_epoch (--stop-epoch), make "
-            "it smaller, or train longer"
+            f"{total / steps:.4g} ({total} steps, {steps} an epoch): leave out stop_epoch (--stop-epoch), "
+            "make it smaller, or train longer"
         )
 
 

@@ -25,7 +25,7 @@ def check_weights(accelerator: Accelerator, model: nn.Module, step: int) -> None
     """
     total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
     for parameter in model.parameters():
-        # NaN and infinity stay in a sum; no tensor of the parameter's size is made, and nothing is waited for.
+        # NaN and infinity stay in a sum; no tensor of the parameter's size is made, nothing is waited for.
         total += _held_here(parameter).detach().sum(dtype=torch.float32).to(total.device)
     if not torch.isfinite(accelerator.reduce(total)):  # pyright: ignore[reportArgumentType]
         raise NonFiniteWeightsError(

@@ -15,9 +15,9 @@ def works_together() -> bool:
 def leave_together(code: int) -> NoReturn:
     """End this process, once all have done their work where it went well.
 
-    The interpreter is not taken apart: torch keeps what has been sharded in caches of its own, and with it the
-    group's threads, which `destroy_process_group` does not end. One that is at work when the interpreter goes
-    aborts the process, and the launcher calls the whole run failed.
+    The interpreter is not taken apart: torch keeps what has been sharded in caches of its own, and with it
+    the group's threads, which `destroy_process_group` does not end. One that is at work when the interpreter
+    goes aborts the process, and the launcher calls the whole run failed.
 
     Args:
         code: Of the exit; unless it is 0 the others are not waited for, who may never come.

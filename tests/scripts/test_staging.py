@@ -33,11 +33,15 @@ def test_output_appears_whole_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("is_written", [False, True])
 def test_a_failure_leaves_the_hidden_folder_only_if_something_is_in_it(tmp_path, is_written):
-    with pytest.raises(RuntimeError, match="midway"), staged_folder(tmp_path / "out", SETTINGS) as stage:
-        (stage.work / "trainer").mkdir()
-        if is_written:
-            (stage.work / "trainer" / "weights").write_bytes(b"1")
-        raise MIDWAY
+    def fail():
+        with staged_folder(tmp_path / "out", SETTINGS) as stage:
+            (stage.work / "trainer").mkdir()
+            if is_written:
+                (stage.work / "trainer" / "weights").write_bytes(b"1")
+            raise MIDWAY
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail()
     assert partial_folder(tmp_path / "out").exists() == is_written
     assert bool(list(tmp_path.iterdir())) == is_written
 

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 BUNDLED = Path(__file__).resolve().parents[1] / "scripts" / "bundled"
 TASK = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 TRAIN_SEED, HELD_OUT_SEED = 1, 1_000_001
+KEPT = ("step", "reward", "entropy", "entropy_covariance", "completions/mean_length", "skipped_steps")
 ON_POLICY = {"mini_batches": 1}
 TWO_UPDATES = {"mini_batches": 2}
 
@@ -132,6 +133,15 @@ def settings_of(config: MethodsConfig, arm: Arm, seed: int) -> PolicySettings:
     )
 
 
+def slim(row: dict[str, Any]) -> dict[str, Any]:
+    """What the report reads of a step."""
+    return {
+        name: round(value, 5) if isinstance(value, float) else value
+        for name, value in row.items()
+        if name in KEPT or name.startswith("eval_")
+    }
+
+
 def run(config: MethodsConfig, policy: Path, name: str, seed: int) -> dict[str, Any]:
     """Train one arm with one seed."""
     arm = ARMS[name]
@@ -150,7 +160,7 @@ def run(config: MethodsConfig, policy: Path, name: str, seed: int) -> dict[str, 
             eval_prompts=task(tokenizer, config.held_out, HELD_OUT_SEED),
         )
         trainer.train()
-        history = trainer.history.read()
+        history = [slim(row) for row in trainer.history.read()]
     return {"arm": name, "seed": seed, "seconds": time.perf_counter() - begin, "history": history}
 
 

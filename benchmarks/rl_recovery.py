@@ -35,9 +35,9 @@ class RecoveryConfig:
     """Compress, heal and train."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 300
-    healing_steps: int = 300
-    held_out: int = 200
+    steps: int = 150
+    healing_steps: int = 150
+    held_out: int = 100
     results: Path = Path("benchmarks/results/rl_recovery.jsonl")
 
 

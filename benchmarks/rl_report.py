@@ -211,9 +211,14 @@ def methods_figure(rows: list[Row]) -> Figure:
 
 def curve(rows: list[Row], arm: str, name: str) -> tuple[Sequence[int], np.ndarray]:
     """Steps, and values ``[seeds, steps]``, of single steps smoothed."""
-    runs = [row["history"] for row in rows if row["arm"] == arm]
-    steps = [r["step"] for r in runs[0] if r.get(name) is not None]
-    values = np.array([[r[name] for r in run if r.get(name) is not None][: len(steps)] for run in runs])
+    runs = [
+        {r["step"]: r[name] for r in row["history"] if r.get(name) is not None}
+        for row in rows
+        if row["arm"] == arm
+    ]
+    # A step that was skipped has no entropy.
+    steps = sorted(set.intersection(*map(set, runs)))
+    values = np.array([[run[step] for step in steps] for run in runs])
     if not name.startswith("eval_"):
         width = 10
         kernel = np.ones(width) / width
@@ -268,7 +273,7 @@ def main(config: ReportConfig) -> None:
     if rows := read(config.results / "rl_methods.jsonl"):
         document = insert_table(document, "rl_methods", methods_table(rows))
         document = insert_table(document, "rl_claims", claims_table(rows))
-        methods_figure(rows).savefig(figures / "rl_methods.png", dpi=90)
+        methods_figure(rows).savefig(figures / "rl_methods.png", dpi=70)
     if rows := read(config.results / "rl_recovery.jsonl"):
         document = insert_table(document, "rl_recovery", recovery_table(rows))
         recovery_figure(rows).savefig(figures / "rl_recovery.png", dpi=130)

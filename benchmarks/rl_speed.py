@@ -5,8 +5,8 @@
 
 The same tiny random Qwen3-MoE, the bundled tokenizer, prompts, group size, completion length, learning rate
 and loss (GRPO, one update of each rollout); one thread each. Both sides run in processes of their own, in
-turns; the first steps of each do not count. A random model hardly ever ends by itself, so all completions have
-the full length on both sides. Writes `benchmarks/results/rl_speed.json` and the table of `docs/rl.md`.
+turns; the first steps of each do not count. A random model hardly ever ends by itself, so all completions
+have the full length on both sides. Writes `benchmarks/results/rl_speed.json` and the table of `docs/rl.md`.
 """
 
 import json

@@ -197,9 +197,9 @@ class DistillTrainer(MoETrainer):
         count: Any = num_items if self.teacher is None else self.num_taught
         if num_items is not None and batches and not int(count):
             raise ValueError(
-                f"in step {self.state.global_step + 1} no position counts: every label is ignored, is padding, "
-                "or has no counterpart in the teacher's tokens; leave such examples out, or give a larger "
-                "--batch-size"
+                f"in step {self.state.global_step + 1} no position counts: every label is ignored, is "
+                "padding, or has no counterpart in the teacher's tokens; leave such examples out, or give a "
+                "larger --batch-size"
             )
         return batches, num_items
 

@@ -16,6 +16,7 @@ from ..rl.checkpoint import checkpoints
 from ..rl.processes import check_processes
 from .console import show, step, warn
 from .rl_adapters import merged, save_adapters, with_adapters
+from .rl_checks import check_trackers
 from .rl_options import RlOptions
 from .rl_prepare import RlJob, prepare_rl
 from .rl_record import RlRun, progress_line, summary_table, write_rl_records
@@ -70,6 +71,7 @@ def run(options: RlOptions, *, replace: bool = False) -> Path:
 
 
 def _accelerator(options: RlOptions) -> Accelerator:
+    check_trackers(options.report_to)
     on_cpu = options.device == "cpu" or torch.accelerator.current_accelerator() is None
     is_launched = "WORLD_SIZE" in os.environ  # alone, accelerate fails with a backend
     handlers: Any = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and is_launched else []
@@ -188,7 +190,7 @@ def _policy(job: RlJob) -> Any:
     """The model as it is trained: with adapters, if they were asked for."""
     model = with_adapters(_weights(job), job.options)
     if job.options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(job.accelerator.device)
 
 

@@ -75,11 +75,14 @@ def check_rl_options(options: RlOptions, *, replace: bool) -> None:
         raise ValueError("--eval-prompts 0 reads nothing of --eval-data; leave out either")
     if options.lora is None and (options.lora_targets or options.lora_alpha is not None):
         raise ValueError("--lora-alpha and --lora-targets need --lora, the rank")
-    _check_trackers(options.report_to)
 
 
-def _check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse trackers that are not installed, which accelerate would leave out in silence."""
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that are not installed, which accelerate would leave out in silence.
+
+    Raises:
+        ValueError: Names those that there are.
+    """
     there = sorted(str(LoggerType(name)) for name in get_available_trackers())
     if missing := sorted({*names} - {*there}):
         raise ValueError(

@@ -46,8 +46,8 @@ def even(completion_ids, **_):
 """
 """Differs between the completions of a random model."""
 CLOCK = ("time/", "completions_per_second")
-ROUNDING, WEIGHT_ROUNDING = 1e-5, 1e-4
-"""Of metrics; and of weights, where Adam divides small differences of small gradients by small numbers."""
+ROUNDING, WEIGHT_ROUNDING = 1e-5, 3e-4
+"""Of metrics; and of weights, a tenth of a step: Adam makes much of differences of small gradients."""
 
 
 @pytest.fixture(scope="session")
@@ -153,12 +153,13 @@ def assert_worked_together(folder: Path, backend: Backend) -> None:
         assert len({*first["prompts"], *second["prompts"]}) == PROMPTS
     # Of the last round of sampling in each step.
     learned = [[step for step in rank["steps"] if "updates" in step] for rank in ranks]
-    assert len({step["weights"] for step in learned[0]}) == len(history(folder / "out")) - 1
+    training = run_file(folder / "out")["training"]
+    assert len({step["weights"] for step in learned[0]}) == training["steps"]
     for first, second in zip(*learned, strict=True):
         assert first["updates"] == second["updates"] == LOOP["mini_batches"]
         if not backend.is_divided:
             assert first["weights"] == second["weights"]
-    assert run_file(folder / "out")["training"]["processes"] == 2
+    assert training["processes"] == 2
 
 
 def assert_loads(out: Path, start: Path, trained: tuple[str, ...] = ("experts", "gate.weight")) -> None:

@@ -206,3 +206,43 @@ def test_special_tokens_are_no_part_of_the_text(tmp_path):
     assert ended
     assert all("<end>" not in rollout.text for rollout in rollouts)
     assert tiny_tokenizer().decode(list(ended[0].completion_ids), skip_special_tokens=True) == ended[0].text
+
+
+def test_the_learning_rate_follows_the_updates_that_were_taken(tmp_path):
+    calls = []
+
+    def uninformative_at_first(completion_ids, **_):
+        calls.append(True)
+        return liked(completion_ids) if len(calls) > 1 else [0.0 for _ in completion_ids]
+
+    trainer = tiny_trainer(
+        tmp_path,
+        rewards=rewards_of(uninformative_at_first),
+        mini_batches=2,
+        lr_scheduler="linear",
+        learning_rate=0.06,
+    )
+    optimizer, rates = trainer.learner.updater.optimizer, []
+    step = optimizer.step
+
+    def noted():
+        rates.append(optimizer.param_groups[0]["lr"])
+        step()
+
+    optimizer.step = noted
+    trainer.train()
+    assert rates == pytest.approx([0.06, 0.05, 0.04, 0.03])
+    shown = [row["learning_rate"] for row in trainer.history.read()]
+    assert shown == pytest.approx([0.06, 0.05, 0.03]), "of the last update"
+    assert [row["updates"] for row in trainer.history.read()] == [0, 2, 4]
+
+
+def test_rows_and_completions_are_shown_as_often_as_is_wanted(tmp_path):
+    shown = []
+    trainer = tiny_trainer(tmp_path, steps=5, logging_steps=2, on_row=lambda row: shown.append(row["step"]))
+    trainer.train()
+    assert shown == [2, 4, 5]
+    assert [row["step"] for row in trainer.history.read()] == [1, 2, 3, 4, 5]
+    kept = trainer.completions.read()
+    assert [row["step"] for row in kept] == [2] * 4 + [4] * 4
+    assert set(kept[0]) == {"step", "prompt", "completion", "reward"}

@@ -1,7 +1,6 @@
 """`moekit rl` end to end: what it leaves, what it learns, and that it says the truth about it."""
 
 import json
-import logging
 import shlex
 import sys
 from importlib.util import find_spec
@@ -198,7 +197,8 @@ def test_adapters_are_beside_what_they_are_merged_into(
     }
     base: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
     adapted = PeftModel.from_pretrained(base, str(out / "adapter")).merge_and_unload().state_dict()
-    for name, tensor in weights(out).items():
+    written: Any = AutoModelForCausalLM.from_pretrained(out)
+    for name, tensor in written.state_dict().items():
         assert torch.equal(adapted[name], tensor)
     found = changed(checkpoint, out)
     expected = ("q_proj", "v_proj") if targets else ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -373,17 +373,19 @@ def test_rewards_are_weighed(checkpoint, prompts, mine, whole, tmp_path):
     assert changed(whole, watched) == []
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fails", "raised"), ("unknown", "not finite")])
+@pytest.mark.parametrize(
+    ("name", "kind", "count"), [("fails", "raised", None), ("unknown", "not finite", 2 * 2 + 3 * 4)]
+)
 def test_rewards_that_fail_are_counted_and_told(
-    checkpoint, prompts, mine, tmp_path, name, kind, capsys, caplog
+    checkpoint, prompts, mine, tmp_path, name, kind, count, capsys
 ):
+    """In both evaluations and in all steps."""
     out = tmp_path / "out"
-    with caplog.at_level(logging.ERROR):
-        assert rl(checkpoint, prompts, out, "--reward", f"{mine}:{name}") == 0
+    assert rl(checkpoint, prompts, out, "--reward", f"{mine}:{name}") == 0
     found = record(out)
     failed = found["metrics"]["reward_failures"][f"{name}/{kind}"]
-    assert failed > 0
-    assert failed == history(out)[-1]["reward_failures"]
+    assert failed >= history(out)[-1]["reward_failures"] > 0
+    assert count in (None, failed)
     warning = f"rewards failed and cost their completions ({name}/{kind}: {failed})"
     assert warning in found["warnings"]
     assert f"- {warning}" in (out / "README.md").read_text(encoding="utf-8")

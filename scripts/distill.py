@@ -50,14 +50,13 @@ def run(options: DistillOptions) -> Path:
 def _distill(job: DistillJob, output: Path) -> DistillRun:
     """Do the work; every process comes through here."""
     checkpoints = whole_checkpoints(job)
+    use_cache = getattr(job.config, "use_cache", None)
     trainer = _trainer(job)
-    config = trainer.student.config
-    use_cache = getattr(config, "use_cache", None)
     before = _before(job, trainer, is_resumed=bool(checkpoints))
     fit(job, trainer, checkpoints)
     after = _held_out(job, trainer, "after")
     if use_cache is not None:
-        config.use_cache = use_cache  # which Trainer turns off
+        trainer.student.config.use_cache = use_cache  # which Trainer turns off
     history, steps = list(trainer.state.log_history), trainer.state.global_step
     model_class = _export(job, trainer, output)
     finished = DistillRun(

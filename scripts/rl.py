@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from ..moe import save_checkpoint
 from ..moe.checkpoint import write_config_aliases
@@ -82,6 +82,8 @@ def _accelerator(options: RlOptions) -> Accelerator:
         log_with=list(options.report_to) or None,
         project_dir=None if options.out is None else str(_work(options.out) / TRACKERS),
         kwargs_handlers=handlers,
+        # Otherwise accelerate stumbles over the "auto" of a configuration of DeepSpeed.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     check_processes(accelerator)
     check_sharding(accelerator.distributed_type)

@@ -1,5 +1,7 @@
 """The trainer's own terms beside a method's loss, worked out by hand."""
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,21 +17,20 @@ from moekit.rl import (
 )
 from moekit.rl.objective import Objective
 from moekit.rl.sums import Sums
+from moekit.rl.surrogate import k3
 
 from .tiny_rl import SETTINGS
 
 LENGTHS = (1, 3)
 
 
-def made_batch(**changes):
+def made_batch():
     prompt = Prompt(index=0, text="a", ids=(3,), given="a")
     rollouts = tuple(Rollout(completion_ids=(4,) * n, text="", is_truncated=False) for n in LENGTHS)
     group = RolloutGroup(prompt=prompt, rollouts=rollouts, rewards=torch.tensor([0.0, 1.0]))
     batch = policy_batch([group], pad_id=1)
     zeros = torch.zeros(batch.completion_ids.shape)
-    return batch.with_(
-        **{"advantages": zeros, "old_logprobs": zeros - 1, "ref_logprobs": zeros - 2} | changes
-    )
+    return batch.with_(advantages=zeros, old_logprobs=zeros - 1, ref_logprobs=zeros - 2)
 
 
 def loss_of(name, copies=1, router_loss=None, **settings):
@@ -51,15 +52,13 @@ def loss_of(name, copies=1, router_loss=None, **settings):
 
 
 BONUS = {"sequence-mean": (0.6 + 0.2) / 2, "token-mean": 1.2 / 4, "fixed-length": 1.2 / (2 * 6)}
+FIRST, LAST = math.exp(-1), math.e - 2
+"""e^d - d - 1 where the reference is 1 below and 1 above the policy; elsewhere they agree."""
 KL = {
-    name: values
-    for name, values in {
-        "sequence-mean": ((1 / 2.718281828 + 1 - 1) + 2.718281828 / 3 - 2 / 3) / 2,
-        "token-mean": (1 / 2.718281828 + 2.718281828 - 2) / 4,
-        "fixed-length": (1 / 2.718281828 + 2.718281828 - 2) / 12,
-    }.items()
+    "sequence-mean": (FIRST + LAST / 3) / 2,
+    "token-mean": (FIRST + LAST) / 4,
+    "fixed-length": (FIRST + LAST) / (2 * 6),
 }
-"""e^d - d - 1 with d = ref - now: -1, then 0, 0 and 1."""
 
 
 @pytest.mark.parametrize(
@@ -87,12 +86,9 @@ def test_the_router_loss_is_a_mean_over_micro_batches():
 
 
 def test_a_reference_that_is_far_gives_a_finite_divergence():
-    from moekit.rl.surrogate import k3
-
     logprobs = torch.tensor([[0.0, -200.0, -1.0]], requires_grad=True)
     found = k3(logprobs, torch.tensor([[-200.0, 0.0, -1.0]]))
-    assert found[0, 0] == pytest.approx(199)
     assert found.isfinite().all()
-    assert found[0, 2] == 0
+    assert (found[0, 0], found[0, 2]) == (199, 0)
     found.sum().backward()
     assert logprobs.grad.tolist() == [[1.0, 0.0, 0.0]]

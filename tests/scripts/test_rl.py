@@ -11,7 +11,7 @@ import pytest
 import torch
 from moekit.moe import expert_layers
 from moekit.rl import ALGORITHMS
-from moekit.scripts import cli, rl_record
+from moekit.scripts import cli
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,10 +24,10 @@ from .tiny_rl_runs import (
     prompt_rows,
     record,
     rl,
+    skip_pictures,
     weights,
     words,
     write_json_lines,
-    write_rewards,
 )
 
 NEEDED: dict[str, tuple[object, ...]] = {
@@ -41,28 +41,8 @@ GYM = "reasoning-gym:chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    """They take most of the time of a run; `whole` has them."""
-
-    def write(folder: Path, **_: Any) -> None:
-        (folder / "report.html").write_text("<html></html>", encoding="utf-8")
-
-    monkeypatch.setattr(rl_record, "write_rl_report", write)
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> Path:
-    return write_json_lines(tmp_path_factory.mktemp("prompts") / "sums.jsonl", prompt_rows())
-
-
-@pytest.fixture(scope="module")
-def mine(tmp_path_factory) -> Path:
-    """A file of rewards."""
-    return write_rewards(tmp_path_factory.mktemp("rewards"))
-
-
-@pytest.fixture(scope="module")
-def vowels(mine) -> tuple[str, ...]:
-    return "--reward", f"{mine}:vowels", "--pass-at", "0.1"
+    """But for `whole`."""
+    skip_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -183,54 +163,11 @@ def test_a_compressed_policy_keeps_its_form(compressed, prompts, vowels, tmp_pat
     assert "import moekit.moe" in (out / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("targets", [(), ("--lora-targets", "q_proj", "v_proj", "--lora-alpha", 16)])
-def test_adapters_are_beside_what_they_are_merged_into(
-    checkpoint, prompts, vowels, tmp_path, targets, capsys, recwarn
-):
-    from peft import PeftModel
-
-    out = tmp_path / "out"
-    assert rl(checkpoint, prompts, out, *vowels, "--lora", 4, *targets) == 0
-    assert {path.name for path in (out / "adapter").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    base: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
-    adapted = PeftModel.from_pretrained(base, str(out / "adapter")).merge_and_unload().state_dict()
-    written: Any = AutoModelForCausalLM.from_pretrained(out)
-    for name, tensor in written.state_dict().items():
-        assert torch.equal(adapted[name], tensor)
-    found = changed(checkpoint, out)
-    expected = ("q_proj", "v_proj") if targets else ("q_proj", "k_proj", "v_proj", "o_proj")
-    assert {name.split(".")[-2] for name in found} == {*expected}
-    training = record(out)["training"]
-    assert training["parameters"] == tiny_qwen().num_parameters()
-    assert training["trained_parameters"] == sum(4 * sum(weights(out)[name].shape) for name in found)
-    assert "`adapter/` holds the LoRA adapters" in (out / "README.md").read_text(encoding="utf-8")
-    assert "Warning" not in capsys.readouterr().err
-
-
-def test_the_seed_decides_of_the_adapters(checkpoint, prompts, vowels, tmp_path):
-    for name, seed in (("first", 1), ("same", 1), ("other", 2)):
-        torch.manual_seed(len(name))
-        given = ("--lora", 2, "--steps", 1, "--seed", seed)
-        assert rl(checkpoint, prompts, tmp_path / name, *vowels, *given, without=("--steps",)) == 0
-    assert changed(tmp_path / "first", tmp_path / "same") == []
-    assert changed(tmp_path / "first", tmp_path / "other")
-
-
 def test_recomputing_activations_changes_nothing(whole, checkpoint, prompts, vowels, tmp_path):
     out = tmp_path / "out"
     assert rl(checkpoint, prompts, out, *vowels, "--gradient-checkpointing") == 0
     assert changed(whole, out) == []
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["use_cache"]
-
-
-def test_recomputing_activations_under_adapters(checkpoint, prompts, vowels, tmp_path):
-    for name, more in (("kept", ()), ("again", ("--gradient-checkpointing",))):
-        assert rl(checkpoint, prompts, tmp_path / name, *vowels, "--lora", 2, *more) == 0
-    assert changed(tmp_path / "kept", tmp_path / "again") == []
-    assert changed(checkpoint, tmp_path / "again")
 
 
 def test_bfloat16(whole, checkpoint, prompts, vowels, tmp_path):
@@ -354,16 +291,16 @@ def test_procedural_tasks(checkpoint, tmp_path, capsys):
     assert record(out)["data"]["fingerprint"] != record(again)["data"]["fingerprint"]
 
 
-def test_a_reward_of_a_module(checkpoint, prompts, mine, whole, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(mine.parent)
+def test_a_reward_of_a_module(checkpoint, prompts, reward_file, whole, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(reward_file.parent)
     out = tmp_path / "out"
-    assert rl(checkpoint, prompts, out, "--reward", f"{mine.stem}:vowels", "--pass-at", 0.1) == 0
+    assert rl(checkpoint, prompts, out, "--reward", f"{reward_file.stem}:vowels", "--pass-at", 0.1) == 0
     assert changed(whole, out) == []
-    del sys.modules[mine.stem]
+    del sys.modules[reward_file.stem]
 
 
-def test_rewards_are_weighed(checkpoint, prompts, mine, whole, tmp_path):
-    both = ("--reward", f"{mine}:vowels", f"{mine}:short", "--pass-at", 0.1)
+def test_rewards_are_weighed(checkpoint, prompts, reward_file, whole, tmp_path):
+    both = ("--reward", f"{reward_file}:vowels", f"{reward_file}:short", "--pass-at", 0.1)
     out, watched = tmp_path / "out", tmp_path / "watched"
     assert rl(checkpoint, prompts, out, *both, "--reward-weights", 2, 0.5) == 0
     row = history(out)[1]
@@ -377,11 +314,11 @@ def test_rewards_are_weighed(checkpoint, prompts, mine, whole, tmp_path):
     ("name", "kind", "count"), [("fails", "raised", None), ("unknown", "not finite", 2 * 2 + 3 * 4)]
 )
 def test_rewards_that_fail_are_counted_and_told(
-    checkpoint, prompts, mine, tmp_path, name, kind, count, capsys
+    checkpoint, prompts, reward_file, tmp_path, name, kind, count, capsys
 ):
     """In both evaluations and in all steps."""
     out = tmp_path / "out"
-    assert rl(checkpoint, prompts, out, "--reward", f"{mine}:{name}") == 0
+    assert rl(checkpoint, prompts, out, "--reward", f"{reward_file}:{name}") == 0
     found = record(out)
     failed = found["metrics"]["reward_failures"][f"{name}/{kind}"]
     assert failed >= history(out)[-1]["reward_failures"] > 0
@@ -411,9 +348,9 @@ def test_the_tiny_preset_and_what_is_said_beside_it(checkpoint, prompts, vowels,
     assert (settings["num_generations"], settings["max_completion_length"]) == (4, 5)
 
 
-def test_an_error_in_the_midst_leaves_nothing(checkpoint, prompts, mine, tmp_path, capsys):
+def test_an_error_in_the_midst_leaves_nothing(checkpoint, prompts, reward_file, tmp_path, capsys):
     out = tmp_path / "out"
-    assert fresh(words(checkpoint, prompts, out, "--reward", f"{mine}:too_few")) == 2
+    assert fresh(words(checkpoint, prompts, out, "--reward", f"{reward_file}:too_few")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "reward 'too_few' returned 1 values for " in error
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import typing
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from .tiny_checkpoints import VOCABULARY, tiny_qwen, tiny_switch, tiny_tokenizer, write_checkpoint
-from .tiny_rl_runs import TEMPLATE, prompt_rows, rl, words, write_json_lines, write_rewards
+from .tiny_rl_runs import rl, words
 from .tiny_training import tiny_bert, tiny_llama, write_config
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(RlOptions)}
@@ -30,33 +29,6 @@ HINTS = {name: {hint, *typing.get_args(hint)} for name, hint in typing.get_type_
 NUMBERS = [name for name, hints in HINTS.items() if {int, float} & hints and name != "reward_weights"]
 MAY_BE_NEGATIVE = {"pass_at"}
 """Rewards may be, too."""
-HAS_GYM = find_spec("reasoning_gym") is not None
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> Path:
-    return write_json_lines(tmp_path_factory.mktemp("prompts") / "sums.jsonl", prompt_rows())
-
-
-@pytest.fixture
-def refused(tmp_path, capsys, monkeypatch):
-    """Run a command that has to be refused in one line, before weights are read, and to leave nothing."""
-
-    def read(*_: object, **__: object) -> None:
-        raise AssertionError("the weights were read")
-
-    monkeypatch.setattr(command, "load_trained", read)
-
-    def run(policy: object, data: object, *more: object, says: str, without: tuple[str, ...] = ()) -> None:
-        before = sorted(tmp_path.rglob("*"))
-        capsys.readouterr()
-        assert rl(policy, data, tmp_path / "out", *more, without=without) == 2
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("moekit: error: ")
-        assert says in error
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return run
 
 
 def test_choices_are_those_of_the_library():
@@ -97,7 +69,7 @@ def test_the_library_speaks_of_options_as_the_command_line_does():
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_that_cannot_be(prompts, refused, name, value):
+def test_numbers_that_cannot_be(prompts, rl_refused, name, value):
     if value == "-1" and name in MAY_BE_NEGATIVE:
         return
     option = "--" + name.replace("_", "-")
@@ -107,7 +79,7 @@ def test_numbers_that_cannot_be(prompts, refused, name, value):
             rl("policy", prompts, Path("out"), option, value)
         return
     more = ("--lora", 2) if name == "lora_alpha" else ()
-    refused("policy", prompts, *more, option, value, says=f"{option} {value}")
+    rl_refused("policy", prompts, *more, option, value, says=f"{option} {value}")
 
 
 @pytest.mark.parametrize(
@@ -127,9 +99,9 @@ def test_numbers_that_cannot_be(prompts, refused, name, value):
         "lora",
     ],
 )
-def test_numbers_of_which_there_must_be_one(prompts, refused, name):
+def test_numbers_of_which_there_must_be_one(prompts, rl_refused, name):
     option = "--" + name.replace("_", "-")
-    refused("policy", prompts, option, 0, says=f"{option} 0 ")
+    rl_refused("policy", prompts, option, 0, says=f"{option} 0 ")
 
 
 @pytest.mark.parametrize(
@@ -200,8 +172,8 @@ def test_numbers_of_which_there_must_be_one(prompts, refused, name):
         (("--prompt-template", "{left[0]}"), "--prompt-template '{left[0]}' is no template: "),
     ],
 )
-def test_options_that_cannot_be(checkpoint, prompts, refused, options, says):
-    refused(checkpoint, prompts, *options, says=says)
+def test_options_that_cannot_be(checkpoint, prompts, rl_refused, options, says):
+    rl_refused(checkpoint, prompts, *options, says=says)
 
 
 @pytest.mark.parametrize(
@@ -227,14 +199,16 @@ def test_options_that_cannot_be(checkpoint, prompts, refused, options, says):
         (("--tokenizer", "/no/where"), "'/no/where'"),
     ],
 )
-def test_what_does_not_fit_the_policy(checkpoint, prompts, refused, options, says):
+def test_what_does_not_fit_the_policy(checkpoint, prompts, rl_refused, options, says):
     without = tuple({"--max-completion-length"} & {*options})
-    refused(checkpoint, prompts, *options, says=says, without=without)
+    rl_refused(checkpoint, prompts, *options, says=says, without=without)
 
 
 @pytest.mark.parametrize("option", [("--router-replay",), ("--router-aux-loss-coef", 0.1)])
-def test_what_is_for_policies_with_experts(dense, prompts, refused, option):
-    refused(dense, prompts, *option, says=f"{option[0]} is for policies with experts, and '{dense}' has none")
+def test_what_is_for_policies_with_experts(dense, prompts, rl_refused, option):
+    rl_refused(
+        dense, prompts, *option, says=f"{option[0]} is for policies with experts, and '{dense}' has none"
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,119 +222,26 @@ def test_what_is_missing_is_named(checkpoint, prompts, tmp_path, capsys, name, s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_name_is_not_the_folder_one_is_in(checkpoint, prompts, refused):
-    refused("", prompts, says="MODEL is empty; name a ")
-    refused(checkpoint, " ", says="--data is empty; name a ")
+def test_an_empty_name_is_not_the_folder_one_is_in(checkpoint, prompts, rl_refused):
+    rl_refused("", prompts, says="MODEL is empty; name a ")
+    rl_refused(checkpoint, " ", says="--data is empty; name a ")
 
 
-@pytest.mark.parametrize(
-    ("rows", "options", "says"),
-    [
-        ([{"question": "1 + 1", "answer": "2"}], (), "row 1 has no 'prompt'; its columns: question, answer."),
-        (
-            [{"prompt": "1 + 1"}],
-            (),
-            "reward 'exact-match' asks for the columns ['answer'], which the data lack",
-        ),
-        ([{"prompt": "1"}, {"prompt": ""}], ("--reward", "format"), "the prompt of row 2 is empty"),
-        (
-            [{"prompt": 7, "answer": "7"}],
-            (),
-            "the prompt of row 1 is neither a string nor a list of messages",
-        ),
-        ([["1 + 1", "2"]], (), "is a list, not a table of columns"),
-        ([{"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2"}], (), "has no chat template"),
-        (
-            [{"prompt": "1", "answer": "1", "prompts": 2}],
-            (),
-            "columns ['prompts'] have names that reward functions",
-        ),
-        (
-            [{"prompt": "1", "answer": "1"}],
-            ("--algorithm", "rl-plus"),
-            "has demonstration=None; RL-PLUS needs a text",
-        ),
-        ([{"prompt": "1 2 3 " * 60, "answer": "1"}], (), "do not fit the policy's context of 128 tokens"),
-        ([], (), "has no rows"),
-    ],
-)
-def test_data_that_cannot_be(checkpoint, tmp_path, refused, rows, options, says):
-    refused(checkpoint, write_json_lines(tmp_path / "rows.jsonl", rows), *options, says=says)
-
-
-def test_a_reward_of_ones_own_asks_for_a_column(checkpoint, prompts, tmp_path, refused):
-    rewards = write_rewards(tmp_path)
-    says = "reward 'wanting' asks for the columns ['difficulty'], which the data lack; they have: answer, "
-    refused(checkpoint, prompts, "--reward", f"{rewards}:wanting", says=says)
-
-
-def test_a_reward_file_that_is_damaged(checkpoint, prompts, tmp_path, refused):
-    path = tmp_path / "rewards.py"
-    path.write_text("def reward(:\n", encoding="utf-8")
-    refused(checkpoint, prompts, "--reward", f"{path}:reward", says="for a reward fails: SyntaxError")
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "says"),
-    [
-        ('{"prompt": "1", "answer": "1"}\n{"prompt": "2", "ans', "rows.jsonl", "cannot be read: "),
-        ("prompt,answer\n1 + 1,2\n1 + 2,3,4\n", "rows.csv", "row 2 of "),
-        ("prompt: 1 + 1", "rows.yaml", "ends in '.yaml', not in one of .jsonl, .csv"),
-    ],
-)
-def test_files_that_are_damaged(checkpoint, tmp_path, refused, text, name, says):
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
-    refused(checkpoint, path, says=says)
-
-
-def test_a_file_that_is_not_there(checkpoint, tmp_path, refused):
-    refused(checkpoint, tmp_path / "rows.jsonl", says="rows.jsonl' does not exist")
-
-
-def test_data_to_evaluate_on_that_cannot_be(checkpoint, prompts, tmp_path, refused):
-    rows = {"no prompt": {"answer": "2"}, "no answer": {"prompt": "1 + 1"}}
-    says = {"no prompt": "row 1 has no 'prompt'", "no answer": "asks for the columns ['answer']"}
-    for name, row in rows.items():
-        held = write_json_lines(tmp_path / f"{name}.jsonl", [row])
-        refused(checkpoint, prompts, "--eval-data", held, says=says[name])
-
-
-@pytest.mark.skipif(not HAS_GYM, reason="reasoning-gym is not installed")
-@pytest.mark.parametrize(
-    ("task", "says"),
-    [
-        ("chain_sun", "reasoning-gym has no task 'chain_sun'; it has chain_sum"),
-        ("", "reasoning-gym has no task ''; it has none of a similar name"),
-        (
-            "chain_sum:terms=2",
-            "the task chain_sum has no setting 'terms'; its settings: min_terms, max_terms",
-        ),
-        ("chain_sum:min_terms", "'min_terms' is not KEY=VALUE"),
-        ("chain_sum:min_terms=4,max_terms=2", "reasoning-gym cannot make the task of "),
-        ("chain_sum:min_terms=two", "reasoning-gym cannot make the task of "),
-        ("chain_sum:size=0", "size must be positive"),
-    ],
-)
-def test_procedural_tasks_that_cannot_be(checkpoint, refused, task, says):
-    refused(checkpoint, f"reasoning-gym:{task}", says=says)
-
-
-def test_a_policy_has_weights(prompts, tmp_path, refused):
+def test_a_policy_has_weights(prompts, tmp_path, rl_refused):
     config = write_config(tmp_path / "config")
     for name in (config, config / "config.json"):
-        refused(name, prompts, says=f"'{name}' has no weights; a policy must be a trained language model")
+        rl_refused(name, prompts, says=f"'{name}' has no weights; a policy must be a trained language model")
 
 
-def test_a_policy_is_there(prompts, tmp_path, refused):
-    refused(tmp_path / "nowhere", prompts, says=f"{tmp_path / 'nowhere'}'")
+def test_a_policy_is_there(prompts, tmp_path, rl_refused):
+    rl_refused(tmp_path / "nowhere", prompts, says=f"{tmp_path / 'nowhere'}'")
 
 
-def test_a_policy_is_whole(checkpoint, prompts, tmp_path, refused):
+def test_a_policy_is_whole(checkpoint, prompts, tmp_path, rl_refused):
     policy = shutil.copytree(checkpoint, tmp_path / "cut")
     file = policy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-40])
-    refused(policy, prompts, says="is truncated: it has ")
+    rl_refused(policy, prompts, says="is truncated: it has ")
 
 
 @pytest.mark.parametrize(
@@ -378,17 +259,17 @@ def test_a_policy_is_whole(checkpoint, prompts, tmp_path, refused):
         (tiny_switch, "is an encoder-decoder (switch_transformers); name a causal language model"),
     ],
 )
-def test_a_policy_continues_text(prompts, tmp_path, refused, make, says):
-    refused(write_checkpoint(tmp_path / "policy", make()), prompts, says=says)
+def test_a_policy_continues_text(prompts, tmp_path, rl_refused, make, says):
+    rl_refused(write_checkpoint(tmp_path / "policy", make()), prompts, says=says)
 
 
-def test_a_policy_has_a_token_that_ends(prompts, tmp_path, refused):
+def test_a_policy_has_a_token_that_ends(prompts, tmp_path, rl_refused):
     policy = tmp_path / "policy"
     tiny_qwen(eos_token_id=None).save_pretrained(policy)
     backend = tiny_tokenizer().backend_tokenizer
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>").save_pretrained(policy)
-    refused(policy, prompts, says="has an end token (eos_token) in the model's vocabulary of 300")
-    refused(policy, prompts, "--tokenizer", tmp_path / "policy", says="so completions could only run into")
+    rl_refused(policy, prompts, says="has an end token (eos_token) in the model's vocabulary of 300")
+    rl_refused(policy, prompts, "--tokenizer", tmp_path / "policy", says="so completions could only run into")
 
 
 def test_a_token_that_ends_may_stand_in_the_generation_config_alone(prompts, tmp_path, monkeypatch):
@@ -406,22 +287,11 @@ def test_a_token_that_ends_may_stand_in_the_generation_config_alone(prompts, tmp
     assert json.loads((out / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == [0]
 
 
-def test_a_tokenizer_of_more_tokens_than_the_policy_knows(prompts, tmp_path, refused):
+def test_a_tokenizer_of_more_tokens_than_the_policy_knows(prompts, tmp_path, rl_refused):
     policy = write_checkpoint(tmp_path / "policy", tiny_qwen(vocab_size=VOCABULARY - 250))
-    refused(
+    rl_refused(
         policy, prompts, says="and the policy's vocabulary has 50 tokens; name the policy's own tokenizer"
     )
-
-
-def test_chats_need_messages(checkpoint, tmp_path, refused):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    for messages in ([], [{"role": "user"}], [{"role": "user", "content": 7}], ["1 + 1"]):
-        data = write_json_lines(tmp_path / "chats.jsonl", [{"prompt": messages, "answer": "2"}])
-        says = "the prompt of row 1 is neither a string nor a list of messages with role and content"
-        refused(checkpoint, data, "--tokenizer", tmp_path / "tokenizer", says=says)
-        data.unlink()
 
 
 def test_help_has_every_option_and_its_values(capsys):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from moekit.rl import PolicyTrainer
 from moekit.scripts import rl as command
-from moekit.scripts import rl_record
 from moekit.scripts.staging import partial_folder
 
 from .tiny_rl_runs import (
@@ -18,6 +17,7 @@ from .tiny_rl_runs import (
     record,
     rl,
     rl_killed,
+    skip_pictures,
     steps_done,
     write_json_lines,
     write_rewards,
@@ -29,28 +29,18 @@ REMEMBERING = ("--algorithm", "epo", "--eval-steps", 2, "--lr-scheduler", "linea
 """A method with a memory, a rate that changes, and an evaluation at a checkpoint."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl_record, "write_rl_report", lambda folder, **_: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> Path:
-    return write_json_lines(tmp_path_factory.mktemp("prompts") / "sums.jsonl", prompt_rows())
-
-
-@pytest.fixture(scope="module")
-def vowels(tmp_path_factory) -> tuple[str, ...]:
-    return "--reward", f"{write_rewards(tmp_path_factory.mktemp('rewards'))}:vowels", "--pass-at", "0.1"
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    skip_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(checkpoint, prompts, vowels, tmp_path_factory) -> Path:
     """The run that nothing happened to."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert rl(checkpoint, prompts, out, *vowels) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        skip_pictures(patch)
+        assert rl(checkpoint, prompts, out, *vowels) == 0
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from moekit.rl import PolicyTrainer, RunState
-from moekit.scripts import cli
+from moekit.scripts import cli, rl_record
 from moekit.scripts.staging import partial_folder
 from safetensors.torch import load_file
 
@@ -93,6 +93,11 @@ def fresh(arguments: Sequence[str]) -> int:
     """Run a command as if it had the process for itself."""
     AcceleratorState._reset_state()
     return cli.main(arguments)
+
+
+def skip_pictures(patch: Any) -> None:
+    """Leave the report out, whose pictures take most of the time of a run."""
+    patch.setattr(rl_record, "write_rl_report", lambda folder, **_: (folder / "report.html").touch())
 
 
 def rl_killed(monkeypatch: Any, step: int, policy: object, data: object, out: Path, *more: object) -> Path:

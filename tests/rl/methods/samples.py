@@ -169,3 +169,20 @@ def case(
         )
         batch = batch.with_(selected=torch.zeros_like(mask).masked_scatter(mask, selection(tokens)))
     return Case(algorithm=algorithm, batch=batch, context=context)
+
+
+def gradient(values, mask, logits, reduction="token-mean"):
+    loss = reduce_loss(values, mask, reduction, count(mask, mask.any(1), 8))
+    return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+
+def on_policy(name, **settings):
+    """The case of an algorithm whose old policy is the policy in training, and its statistics."""
+    logits = policy_logits().requires_grad_()
+    now = statistics(logits, raw_batch().completion_ids)
+    batch = raw_batch().with_(
+        old_logprobs=now.logprobs.detach(),
+        old_entropies=now.entropies.detach(),
+        old_mean_vocab_logprobs=now.mean_vocab_logprobs.detach(),
+    )
+    return case(name, batch, **settings), now, logits

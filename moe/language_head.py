@@ -100,7 +100,7 @@ def reading_head(head: nn.Module) -> Iterator[list[Float[Tensor, "B S D"]]]:
 
     def forward(hidden_BSD: Tensor) -> Tensor:
         heard.append(hidden_BSD)
-        return hidden_BSD[..., :1]
+        return hidden_BSD[..., :1].clone()  # not a view, which FSDP2 warns of
 
     module: Any = head
     own_forward = vars(module).get("forward")

@@ -108,6 +108,7 @@ def bundled_rl(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return bundled
 
 
+@pytest.mark.slow
 def test_an_earlier_training_is_replaced_with_what_it_began_from(bundled_rl, tmp_path, capsys):
     out = tmp_path / "results" / "demo"
     arguments = ["demo", "rl", "--out", str(out)]

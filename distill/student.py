@@ -18,7 +18,7 @@ from .dual_head import DualHeadStudent
 from .fused import TeacherStates, cross_entropy, cross_entropy_plus, fused_loss
 from .gradient_alignment import GradientAlignment, parameter_products
 from .head_losses import NumItems, cross_entropy_mean, distillation_loss, label_measures
-from .language_head import LogitScale, hidden_states, logit_scale
+from .language_head import LogitScale, hidden_states, logit_scale, scaled_head
 from .losses import ValidRows
 from .recipe import DistillationRecipe
 from .task_head import task_head
@@ -159,7 +159,7 @@ class StudentInTraining(nn.Module):
         if self.scale is None or rows is None:
             return {"logits": self.plain(**inputs).logits}
         hidden_ND = rows.pack(hidden_states(self.plain, self.head, inputs))
-        states = TeacherStates(hidden_ND, self.scale.head(self.head.linear))
+        states = TeacherStates(hidden_ND, scaled_head(self.scale, self.head.linear))
         return {"measures": label_measures(states, rows.labels)}
 
     @contextmanager
@@ -202,7 +202,7 @@ class StudentInTraining(nn.Module):
         assert self.scale is not None
         recipe, linear = self.recipe, self.head.linear
         hidden_ND = rows.pack(hidden_states(self.plain, self.head, inputs))
-        whole = self.scale.head(linear)
+        whole = scaled_head(self.scale, linear)
         weight = recipe.weight_for(self.num_columns or whole.width)
         labelled: dict[str, Any] = {"labels": rows.labels, "num_items": num_items}
         is_dual = isinstance(self.student, DualHeadStudent)
@@ -223,7 +223,7 @@ class StudentInTraining(nn.Module):
             distilled_ND = distilled_ND.index_select(0, rows.indices(taught))
         if isinstance(self.student, DualHeadStudent):
             distilled_ND, linear = self.student.auxiliary_parts(distilled_ND)
-        head = self.scale.head(linear, self.num_columns)
+        head = scaled_head(self.scale, linear, self.num_columns)
         found = distillation_loss(recipe, distilled_ND, head, said, taught.labels, num_taught)
         parts["distillation" if parts else "loss"] = found * weight
         return parts

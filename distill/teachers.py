@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .fused import Head, TeacherStates, TopK
-from .language_head import NonFiniteLogitsError, hidden_states, logit_scale
+from .language_head import NonFiniteLogitsError, hidden_states, logit_scale, scaled_head
 from .losses import ValidRows
 from .task_head import task_head
 
@@ -66,7 +66,7 @@ class ModelTeacher:
                 scale = logit_scale(model)
             except NonFiniteLogitsError as error:
                 raise NonFiniteTeacherError from error
-            self.head = scale.head(self.task_head.linear, num_columns)
+            self.head = scaled_head(scale, self.task_head.linear, num_columns)
         self.is_checked = False
 
     def says(self, batch: Mapping[str, Any], rows: ValidRows | None) -> Tensor | TeacherStates:

@@ -24,6 +24,10 @@ class UnreadableHeadError(ValueError):
     """A language model whose logits are not its head's output with a factor and a softcap."""
 
 
+class NonFiniteLogitsError(ValueError):
+    """A model says NaN or infinity."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogitScale:
     """What a model does to ``z = W h + b``: ``c tanh(a z / c)``."""
@@ -47,7 +51,8 @@ def logit_scale(model: PreTrainedModel, head: nn.Module | None = None) -> LogitS
         head: Its output embeddings by default.
 
     Raises:
-        UnreadableHeadError: Something else than a factor and a softcap, or NaN.
+        NonFiniteLogitsError: It says NaN or infinity, so there is nothing to find.
+        UnreadableHeadError: Something else than a factor and a softcap.
     """
     head = model.get_output_embeddings() if head is None else head
     if head is None:
@@ -65,9 +70,9 @@ def logit_scale(model: PreTrainedModel, head: nn.Module | None = None) -> LogitS
         raise UnreadableHeadError(f"{name} does not make its logits of one call of its head")
     product, tolerance = raw[0].double(), RELATIVE_ERROR.get(raw[0].dtype, COARSE)
     if not (product.isfinite().all() and logits.isfinite().all()):
-        raise UnreadableHeadError(
-            f"the logits of {name} hold NaN or infinity for ordinary tokens; its weights are damaged, or its "
-            "dtype is too narrow: load it in float32"
+        raise NonFiniteLogitsError(
+            f"{name} says NaN or infinity in {raw[0].dtype}; load it in another dtype, or take another "
+            "checkpoint"
         )
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     uncapped = logits

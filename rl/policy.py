@@ -51,6 +51,7 @@ class Policy(nn.Module):
 
     Raises:
         ValueError: PEFT that changes the prompt.
+        NonFiniteLogitsError: The model says NaN or infinity.
         UnreadableHeadError: There is no head, or the logits are not its output with a factor and a softcap.
         UnsupportedModelError: A router loss is wanted and there are no experts that can be served.
     """

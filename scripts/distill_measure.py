@@ -17,7 +17,7 @@ from ..distill import task_head
 from ..distill.counted import counted_rows
 from ..distill.fused import TeacherStates
 from ..distill.head_losses import TILE_ROWS, logit_tiles
-from ..distill.language_head import hidden_states, logit_scale
+from ..distill.language_head import hidden_states, logit_scale, scaled_head
 from ..distill.losses import ValidRows, kl
 from ..distill.teachers import model_inputs
 from ..moe.evaluating import evaluating
@@ -81,7 +81,7 @@ def _answers(
 ) -> Callable[[dict[str, Any], ValidRows | None], Tensor | TeacherStates]:
     """What a model says of the rows of a batch: logits, or a language model's hidden states with its head."""
     head = task_head(model)
-    of_states = logit_scale(model).head(head.linear, num_columns) if is_language_model else None
+    of_states = scaled_head(logit_scale(model), head.linear, num_columns) if is_language_model else None
 
     def answer(inputs: dict[str, Any], rows: ValidRows | None) -> Tensor | TeacherStates:
         inputs = {key: value.to(model.device) for key, value in inputs.items()}

@@ -274,7 +274,7 @@ def main(config: ReportConfig) -> None:
     if rows := read(config.results / "rl_methods.jsonl"):
         document = insert_table(document, "rl_methods", methods_table(rows))
         document = insert_table(document, "rl_claims", claims_table(rows))
-        methods_figure(rows).savefig(figures / "rl_methods.png", dpi=70)
+        methods_figure(rows).savefig(figures / "rl_methods.png", dpi=56)
     if rows := read(config.results / "rl_recovery.jsonl"):
         document = insert_table(document, "rl_recovery", recovery_table(rows))
         recovery_figure(rows).savefig(figures / "rl_recovery.png", dpi=130)

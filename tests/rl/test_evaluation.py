@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moekit.rl import Prompt, Rollout, RolloutGroup
+from moekit.rl import Prompt, Rollout, RolloutGroup, Sample
 from moekit.rl.evaluation import is_right
 
 from .tiny_rl import (
@@ -118,8 +118,6 @@ class Repeating:
     """Two texts in turn, the first ended."""
 
     def generate(self, requests, settings):
-        from moekit.rl import Sample
-
         word = min(LIKED)
         samples = [Sample((word, END), torch.zeros(2), True), Sample((word + 1,), torch.zeros(1), False)]
         return [[samples[number % 2] for number in range(r.num_samples)] for r in requests]

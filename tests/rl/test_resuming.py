@@ -157,7 +157,7 @@ def test_killed_while_saving(tmp_path, whole, kill, number):
     assert_as_uninterrupted(resumed, whole("grpo"))
 
 
-@pytest.mark.parametrize("name", ["grpo", "dph-rl", "dapo"])
+@pytest.mark.parametrize("name", ["grpo", "dph-rl", pytest.param("dapo", marks=pytest.mark.slow)])
 def test_killed_again_and_again_while_rewarding(tmp_path, whole, name):
     base, kills = CASES[name].get("rewards", rewards_of(liked)), 0
     most_calls = {"grpo": 2, "dph-rl": 3, "dapo": 8}[name]

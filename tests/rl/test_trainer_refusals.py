@@ -1,9 +1,18 @@
 """What cannot be trained is refused when the trainer is made, before anything is sampled."""
 
 import re
+from dataclasses import replace
 
 import pytest
-from moekit.rl import ALGORITHMS, NamedReward, PolicySettings, RewardSet, make_prompts
+from moekit.rl import (
+    ALGORITHMS,
+    NamedReward,
+    PolicySettings,
+    PolicyTrainer,
+    Request,
+    RewardSet,
+    make_prompts,
+)
 
 from .tiny_rl import SETTINGS, WORDS, rewards_of, tiny_policy, tiny_prompts, tiny_tokenizer, tiny_trainer
 
@@ -75,10 +84,6 @@ def test_forced_tokens_that_leave_nothing_to_the_policy(tmp_path):
 
 
 def test_a_shaper_whose_groups_differ_in_size(tmp_path):
-    from dataclasses import replace
-
-    from moekit.rl import PolicyTrainer, Request
-
     def shaper(prompt, num_generations, tokenizer, max_completion_length):
         return [Request(num_samples=num_generations + prompt.index % 2)]
 

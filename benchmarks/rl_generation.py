@@ -26,9 +26,10 @@ from distill_heads import interval
 from moekit.rl.generation.embedded import EmbeddedGenerator
 from moekit.rl.generation.generator import SampleRequest
 from moekit.rl.generation.settings import SamplingSettings
-from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from rl_speed import VOCAB, tiny_config
+from transformers import GenerationConfig, Qwen3MoeForCausalLM
 
-VOCAB, PAD, SAMPLES = 2048, 0, 8
+PAD, SAMPLES = 0, 8
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,8 @@ class GenerationSpeedConfig:
 def build() -> Qwen3MoeForCausalLM:
     """Random weights."""
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=VOCAB,
-            hidden_size=128,
-            moe_intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            num_experts=8,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            pad_token_id=PAD,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
+    config = tiny_config(pad_token_id=PAD, bos_token_id=None, eos_token_id=None)
+    return Qwen3MoeForCausalLM(config).eval()
 
 
 def by_generator(model: Any, case: Case, config: GenerationSpeedConfig) -> Callable[[], int]:

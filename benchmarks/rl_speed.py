@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 NAME = "rl_speed"
 SIDES = ("TRL", "moekit")
+VOCAB = 2048
 WARM_UP = 2
 """Steps that do not count."""
 TOKENIZER = Path(__file__).resolve().parents[1] / "scripts" / "bundled"
@@ -52,14 +53,15 @@ class SpeedConfig:
     document: Path = Path("docs/rl.md")
 
 
-def build() -> tuple[Any, Any, list[dict[str, str]]]:
-    """Model, tokenizer and prompts of both sides."""
-    torch.manual_seed(0)
-    tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
-    config = Qwen3MoeConfig(
-        vocab_size=2048,
+def tiny_config(**tokens: int | None) -> Qwen3MoeConfig:
+    """Of a Mixture of Experts of 2.3 million parameters.
+
+    Args:
+        tokens: Ids of special ones.
+    """
+    return Qwen3MoeConfig(
+        vocab_size=VOCAB,
         hidden_size=128,
-        intermediate_size=256,
         moe_intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -68,10 +70,15 @@ def build() -> tuple[Any, Any, list[dict[str, str]]]:
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **tokens,
     )
+
+
+def build() -> tuple[Any, Any, list[dict[str, str]]]:
+    """Model, tokenizer and prompts of both sides."""
+    torch.manual_seed(0)
+    tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
+    config = tiny_config(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     numbers = np.random.default_rng(0).integers(10, 100, size=(256, 2)).tolist()
     rows = [{"prompt": f"Q: Compute {a} + {b}.\nA:", "answer": str(a + b)} for a, b in numbers]
     return Qwen3MoeForCausalLM(config), tokenizer, rows

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..moe import expert_layers
 from ..moe.expert_load import collect_expert_load
+from ..moe.wrapping import WrapsModel
 from .aligned_features import align
 from .dual_head import DualHeadStudent
 from .fused import TeacherStates, cross_entropy, cross_entropy_plus, fused_loss
@@ -25,7 +26,7 @@ from .task_head import task_head
 from .teachers import Said, TopK
 
 
-class StudentInTraining(nn.Module):
+class StudentInTraining(WrapsModel):
     """A student whose forward gives losses, made where its weights are whole whatever shards them.
 
     A language model's logits are never made but in tiles, of the rows that count.
@@ -85,27 +86,6 @@ class StudentInTraining(nn.Module):
     def plain(self) -> PreTrainedModel:
         """The student without its second head."""
         return self.student.export() if isinstance(self.student, DualHeadStudent) else self.student
-
-    @property
-    def config(self) -> Any:
-        """The plain model's."""
-        return self.plain.config
-
-    @property
-    def _no_split_modules(self) -> Any:
-        return self.plain._no_split_modules
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The plain model's."""
-        return self.plain.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The plain model's; accelerate has to see whether they are tied."""
-        return self.plain.get_output_embeddings()
-
-    def tie_weights(self) -> None:
-        """Tie what the plain model ties."""
-        self.plain.tie_weights()
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the plain model's activations."""

@@ -23,15 +23,35 @@ def check_weights(accelerator: Accelerator, model: nn.Module, step: int) -> None
     Raises:
         NonFiniteWeightsError: Says what to do.
     """
-    total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
-    for parameter in model.parameters():
-        # NaN and infinity stay in a sum; no tensor of the parameter's size is made, nothing is waited for.
-        total += _held_here(parameter).detach().sum(dtype=torch.float32).to(total.device)
-    if not torch.isfinite(accelerator.reduce(total)):  # pyright: ignore[reportArgumentType]
+    if nonfinite_weights(accelerator, model) is not None:
         raise NonFiniteWeightsError(
             f"the weights hold NaN or infinity after step {step}, so they are not saved: the training has "
             "diverged. Lower the learning rate or lengthen the warmup; the last checkpoint is from before"
         )
+
+
+def nonfinite_weights(accelerator: Accelerator, model: nn.Module) -> list[str] | None:
+    """Look for weights that hold NaN or infinity on all processes; every process calls it.
+
+    Args:
+        accelerator: Of the training.
+        model: With all its parameters, or this process's part of each.
+
+    Returns:
+        Names of those that this process holds; ``None`` where no process holds any.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for parameter in model.parameters():
+        # No tensor of the parameter's size is made, and nothing is waited for.
+        total += _sum(parameter).to(total.device)
+    if torch.isfinite(accelerator.reduce(total)):  # pyright: ignore[reportArgumentType]
+        return None
+    return [name for name, parameter in model.named_parameters() if not torch.isfinite(_sum(parameter))]
+
+
+def _sum(parameter: Any) -> Tensor:
+    """In which NaN and infinity stay, and which in double precision finite numbers cannot overflow."""
+    return _held_here(parameter).detach().sum(dtype=torch.float64)
 
 
 def _held_here(parameter: Any) -> Tensor:

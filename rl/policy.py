@@ -18,6 +18,7 @@ from ..moe.discovery import UnsupportedModelError, expert_layers
 from ..moe.expert_load import collect_expert_load
 from ..moe.language_head import PROBE_TOKENS, hidden_states, logit_scale
 from ..moe.layer import ExpertLayer
+from ..moe.wrapping import WrapsModel
 from .algorithm import TokenStatistics
 from .batch import PolicyBatch
 from .token_logprobs import Entropies, token_logprobs
@@ -30,7 +31,7 @@ LOGIT_BYTES = 64 * 2**20
 """Of the logits of one chunk in single precision; a few times as much is in use at once."""
 
 
-class Policy(nn.Module):
+class Policy(WrapsModel):
     """A causal language model whose forward gives log-probs of tokens, whatever shards its weights.
 
     Logits are never there but in chunks, and of the completions' tokens alone.
@@ -83,27 +84,6 @@ class Policy(nn.Module):
     def head(self) -> nn.Module:
         """The plain model's output embeddings, an adapter's layer if it has one."""
         return cast(nn.Module, self.plain.get_output_embeddings())
-
-    @property
-    def config(self) -> Any:
-        """The plain model's."""
-        return self.plain.config
-
-    @property
-    def _no_split_modules(self) -> Any:
-        return self.plain._no_split_modules
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The plain model's."""
-        return self.plain.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The plain model's; accelerate has to see whether they are tied."""
-        return self.plain.get_output_embeddings()
-
-    def tie_weights(self) -> None:
-        """Tie what the plain model ties."""
-        self.plain.tie_weights()
 
     def forward(
         self,

@@ -52,84 +52,86 @@ class Panel:
         return {label: curve for label, curve in found.items() if len(curve) > 1}
 
 
+SHARE: dict[str, Any] = {"is_share": True, "unit": "share"}
+ALWAYS = {
+    "Signs of collapse": (
+        Panel(title="Policy entropy", unit="nats/token", series={"entropy": "entropy"}),
+        Panel(
+            title="Covariance of log-prob and advantage",
+            unit="nats",
+            series={"entropy_covariance": "covariance"},
+        ),
+        Panel(title="KL from the reference", unit="nats/token", series={"kl": "kl"}),
+        Panel(
+            title="Distinct completions of a prompt",
+            series={"completions/distinct": "training", "eval_distinct": "held out"},
+            is_bounded=True,
+            **SHARE,
+        ),
+        Panel(
+            title="Groups whose rewards are equal",
+            series={"frac_reward_zero_std": "groups"},
+            is_bounded=True,
+            **SHARE,
+        ),
+    ),
+    "Completions and updates": (
+        Panel(
+            title="Length of completions",
+            unit="tokens",
+            series={
+                "completions/mean_length": "all",
+                "completions/mean_terminated_length": "ended by themselves",
+            },
+        ),
+        Panel(
+            title="At the length limit",
+            series={"completions/clipped_ratio": "training", "eval_truncated": "held out"},
+            **SHARE,
+        ),
+        Panel(
+            title="Clipped tokens",
+            series={"clip_ratio/low": "below", "clip_ratio/high": "above"},
+            **SHARE,
+        ),
+        Panel(title="KL from before the update", unit="nats/token", series={"kl_to_old": "kl"}),
+        Panel(title="Gradient norm", unit="norm", series={"grad_norm": "norm"}),
+    ),
+    "Experts": (
+        Panel(title="Router entropy", unit="nats/token", series={"router_entropy": "entropy"}),
+        Panel(title="Load of the busiest expert", unit="fair shares", series={"expert_load_max": "load"}),
+        Panel(title="Experts that no token chose", series={"expert_dead_share": "experts"}, **SHARE),
+    ),
+}
+"""Panels that are the same for every run, by the heading they belong under."""
+
+
 def panels(history: Sequence[Row]) -> dict[str, list[Panel]]:
     """All that may be drawn, by the heading it belongs under."""
+    return {"Reward and accuracy": _rewards(history), **{name: list(found) for name, found in ALWAYS.items()}}
+
+
+def _rewards(history: Sequence[Row]) -> list[Panel]:
+    """Those whose curves depend on the run's reward functions and numbers of samples."""
     rewards = sorted(
         {name for row in history for name in row if name.startswith("rewards/") and name.endswith("/mean")}
     )
     by_function = {name: name.split("/", 1)[1].removesuffix("/mean") for name in rewards}
-    accuracy = {name: name.removeprefix("eval_") for name in pass_names(history)}
-    share = {"is_share": True, "unit": "share"}
-    return {
-        "Reward and accuracy": [
-            Panel(title="Reward, training prompts", unit="reward", series={"reward": "reward"}),
-            *(
-                [Panel(title="Reward functions", unit="reward", series=by_function)]
-                if len(by_function) > 1
-                else []
-            ),
-            Panel(
-                title="Accuracy, held-out prompts", series=accuracy, is_bounded=True, is_ordered=True, **share
-            ),
-            Panel(
-                title="Different right completions of a prompt",
-                unit="completions",
-                series={"eval_distinct_correct": "held out"},
-            ),
-        ],
-        "Signs of collapse": [
-            Panel(title="Policy entropy", unit="nats/token", series={"entropy": "entropy"}),
-            Panel(
-                title="Covariance of log-prob and advantage",
-                unit="nats",
-                series={"entropy_covariance": "covariance"},
-            ),
-            Panel(title="KL from the reference", unit="nats/token", series={"kl": "kl"}),
-            Panel(
-                title="Distinct completions of a prompt",
-                series={"completions/distinct": "training", "eval_distinct": "held out"},
-                is_bounded=True,
-                **share,
-            ),
-            Panel(
-                title="Groups whose rewards are equal",
-                series={"frac_reward_zero_std": "groups"},
-                is_bounded=True,
-                **share,
-            ),
-        ],
-        "Completions and updates": [
-            Panel(
-                title="Length of completions",
-                unit="tokens",
-                series={
-                    "completions/mean_length": "all",
-                    "completions/mean_terminated_length": "ended by themselves",
-                },
-            ),
-            Panel(
-                title="At the length limit",
-                series={"completions/clipped_ratio": "training", "eval_truncated": "held out"},
-                **share,
-            ),
-            Panel(
-                title="Clipped tokens",
-                series={"clip_ratio/low": "below", "clip_ratio/high": "above"},
-                **share,
-            ),
-            Panel(title="KL from before the update", unit="nats/token", series={"kl_to_old": "kl"}),
-            Panel(title="Gradient norm", unit="norm", series={"grad_norm": "norm"}),
-        ],
-        "Experts": [
-            Panel(title="Router entropy", unit="nats/token", series={"router_entropy": "entropy"}),
-            Panel(
-                title="Load of the busiest expert",
-                unit="fair shares",
-                series={"expert_load_max": "load"},
-            ),
-            Panel(title="Experts that no token chose", series={"expert_dead_share": "experts"}, **share),
-        ],
-    }
+    functions = Panel(title="Reward functions", unit="reward", series=by_function)
+    accuracy = Panel(
+        title="Accuracy, held-out prompts",
+        series={name: name.removeprefix("eval_") for name in pass_names(history)},
+        is_bounded=True,
+        is_ordered=True,
+        **SHARE,
+    )
+    distinct = Panel(
+        title="Different right completions of a prompt",
+        unit="completions",
+        series={"eval_distinct_correct": "held out"},
+    )
+    reward = Panel(title="Reward, training prompts", unit="reward", series={"reward": "reward"})
+    return [reward, *([functions] if len(by_function) > 1 else []), accuracy, distinct]
 
 
 def draw_panels(chosen: Sequence[Panel], history: Sequence[Row]) -> Figure | None:

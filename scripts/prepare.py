@@ -99,9 +99,7 @@ def _check_options(options: CompressOptions, *, replace: bool) -> None:
         raise ValueError(f"--batch-size {options.batch_size} is not a positive number of sequences")
     if not options.answer_marker.strip():
         raise ValueError(f"--answer-marker {options.answer_marker!r} is blank")
-    size = SIZE.fullmatch(options.max_shard_size)
-    if size is None or float(size[1]) == 0:
-        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")
+    check_shard_size(options.max_shard_size)
     check_machine(options.device, options.seed)
 
 
@@ -111,6 +109,13 @@ def check_names(model: str, data: str | None) -> None:
         raise ValueError("MODEL is empty; name a folder or a hub id")
     if data is not None and not data.strip():
         raise ValueError("--data is empty; name a file, a folder or a `datasets` name")
+
+
+def check_shard_size(text: str) -> None:
+    """Refuse what is no size of a file."""
+    size = SIZE.fullmatch(text)
+    if size is None or float(size[1]) == 0:
+        raise ValueError(f"--max-shard-size {text!r} is not a size such as 500MB or 5GB")
 
 
 def check_machine(device: str | None, seed: int) -> None:

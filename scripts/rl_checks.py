@@ -19,7 +19,7 @@ from ..rl.prompts import check_context
 from ..rl.special_tokens import end_and_pad
 from .load import find_device
 from .options import flag
-from .prepare import SIZE, check_machine, check_names
+from .prepare import check_machine, check_names, check_shard_size
 from .rl_options import RlOptions
 from .staging import check_output
 from .train_model import Source, training_skeleton
@@ -62,9 +62,7 @@ def check_rl_options(options: RlOptions, *, replace: bool) -> None:
     if options.out is None:
         raise ValueError("--out is missing: name the folder to make")
     check_output(options.out.expanduser(), replace=replace)
-    size = SIZE.fullmatch(options.max_shard_size)
-    if size is None or float(size[1]) == 0:
-        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")
+    check_shard_size(options.max_shard_size)
     check_machine(options.device, options.seed)
     check_positive(options, ("lora", "lora_alpha", "max_prompt_length", "reward_timeout"))
     if not isfinite(options.pass_at):

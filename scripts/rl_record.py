@@ -1,9 +1,6 @@
 """What a finished `moekit rl` leaves behind: run.json, the model card, the report, the last table."""
 
-import json
-import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,8 @@ from ..rl.report import write_rl_report
 from ..rl.report_content import pass_names, signs_of_collapse
 from .console import millions, table
 from .options import command_line
-from .record import FORMAT, RUN_FILE, versions
 from .rl_prepare import RlJob
-from .training_record import ModelCard, config_values, made_by, model_name, write_model_card
+from .training_record import ModelCard, made_by, model_name, write_facts, write_model_card
 
 SHOWN = {
     "eval_reward": "reward",
@@ -138,12 +134,10 @@ def _facts(run: RlRun) -> dict[str, str]:
 
 def _write_run_file(run: RlRun, folder: Path) -> None:
     job, options = run.job, run.job.options
-    facts = {
-        "format": FORMAT,
-        "version": 1,
-        "command": command_line("rl", options),
-        "config": config_values(options),
-        "training": {
+    write_facts(
+        run,
+        folder,
+        training={
             "algorithm": options.algorithm,
             "paper": job.algorithm.paper,
             "method_settings": job.algorithm.hyperparameters(),
@@ -156,19 +150,10 @@ def _write_run_file(run: RlRun, folder: Path) -> None:
             "skipped_steps": run.state.skipped,
             "processes": job.accelerator.num_processes,
         },
-        "versions": versions() | {"accelerate": version("accelerate")},
-        "platform": platform.platform(),
-        "seed": options.seed,
-        "data": {
-            "source": options.data,
-            "fingerprint": job.fingerprint["prompts"],
-            "examples": {"train": len(job.prompts), "held_out": len(job.eval_prompts)},
-        },
-        "metrics": {"reward_failures": run.state.failures, "history": run.history},
-        "warnings": list(run.warnings),
-    }
-    text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False, default=str)
-    (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+        fingerprint=job.fingerprint["prompts"],
+        examples={"train": len(job.prompts), "held_out": len(job.eval_prompts)},
+        metrics={"reward_failures": run.state.failures, "history": run.history},
+    )
 
 
 def _paper(job: RlJob) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from .options import CommonOptions, TrainingOptions, flag
-from .prepare import SIZE, check_machine, check_names
+from .prepare import check_machine, check_names, check_shard_size
 from .staging import check_output
 
 POSITIVE = (
@@ -38,9 +38,7 @@ def check_training_options(options: TrainingOptions) -> None:
     check_not_negative(options, NOT_NEGATIVE)
     if not 0 < options.eval_share < 1:
         raise ValueError(f"--eval-share {options.eval_share} is not between 0 and 1")
-    size = SIZE.fullmatch(options.max_shard_size)
-    if size is None or float(size[1]) == 0:
-        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is not a size such as 500MB or 5GB")
+    check_shard_size(options.max_shard_size)
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed {options.seed} is not between 0 and {2**32 - 1}, which numpy asks for")
     check_machine(None, options.seed)

@@ -74,12 +74,10 @@ def write_run_file(
         metrics: What came out, beside the history of the training.
     """
     job, options = run.job, run.job.options
-    facts = {
-        "format": FORMAT,
-        "version": 1,
-        "command": command_line(options.command, options),
-        "config": config_values(options),
-        "training": {
+    write_facts(
+        run,
+        folder,
+        training={
             "task": options.task,
             "start": job.start,
             "model_class": run.model_class,
@@ -89,15 +87,43 @@ def write_run_file(
             "learning_rate": job.arguments.learning_rate,
             "labels": list(job.labels),
         },
+        fingerprint=job.examples.fingerprint,
+        examples={"train": len(job.examples.train), "held_out": len(job.examples.held_out)},
+        metrics={**metrics, "history": run.history},
+    )
+
+
+def write_facts(
+    run: CardRun,
+    folder: Path,
+    *,
+    training: Mapping[str, Any],
+    fingerprint: str,
+    examples: Mapping[str, int],
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write `run.json`, whatever the command.
+
+    Args:
+        run: What was done.
+        folder: Where to.
+        training: What was trained and how.
+        fingerprint: Of the data.
+        examples: How many, by use.
+        metrics: What came out; numbers that JSON cannot hold become null.
+    """
+    options = run.job.options
+    facts = {
+        "format": FORMAT,
+        "version": 1,
+        "command": command_line(options.command, options),
+        "config": config_values(options),
+        "training": dict(training),
         "versions": versions() | {"accelerate": version("accelerate")},
         "platform": platform.platform(),
         "seed": options.seed,
-        "data": {
-            "source": options.data,
-            "fingerprint": job.examples.fingerprint,
-            "examples": {"train": len(job.examples.train), "held_out": len(job.examples.held_out)},
-        },
-        "metrics": finite({**metrics, "history": run.history}),
+        "data": {"source": options.data, "fingerprint": fingerprint, "examples": dict(examples)},
+        "metrics": finite(dict(metrics)),
         "warnings": list(run.warnings),
     }
     text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False, default=str)

@@ -17,6 +17,7 @@ import tyro
 from distill_report import cell
 from dropout_report import MISSING, insert_table, markdown
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from moekit.rl.entropy_law import fit_entropy_law
 from quality_report import PALETTE, mean_and_interval
 from rl_methods import ARMS
@@ -206,7 +207,10 @@ def methods_figure(rows: list[Row]) -> Figure:
         axes.set_title(name, loc="left", fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("step")
-    grid[0][2].set_yscale("log")  # one policy falls apart
+    entropy = grid[0][2]
+    entropy.set_yscale("log")  # one policy falls apart
+    entropy.set_yticks([0.5, 1, 2, 4], labels=["0.5", "1", "2", "4"])
+    entropy.yaxis.set_minor_locator(NullLocator())
     return figure
 
 
@@ -274,7 +278,7 @@ def main(config: ReportConfig) -> None:
     if rows := read(config.results / "rl_methods.jsonl"):
         document = insert_table(document, "rl_methods", methods_table(rows))
         document = insert_table(document, "rl_claims", claims_table(rows))
-        methods_figure(rows).savefig(figures / "rl_methods.png", dpi=56)
+        methods_figure(rows).savefig(figures / "rl_methods.png", dpi=64)
     if rows := read(config.results / "rl_recovery.jsonl"):
         document = insert_table(document, "rl_recovery", recovery_table(rows))
         recovery_figure(rows).savefig(figures / "rl_recovery.png", dpi=130)

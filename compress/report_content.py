@@ -19,10 +19,10 @@ Interval = tuple[float, float]
 VERDICT_BANDS = (
     (0.02, "Almost nothing was lost."),
     (0.10, "A little was lost."),
-    (0.30, "The loss is plain to see: heal the model before you use it; moekit cannot do that yet."),
+    (0.30, "The loss is plain to see: heal the model before you use it (moekit distill)."),
     (
         math.inf,
-        "The model is badly damaged: keep more experts, or heal it before use; moekit cannot do that yet.",
+        "The model is badly damaged: keep more experts, or heal it before use (moekit distill).",
     ),
 )
 

@@ -56,7 +56,7 @@ def test_domain_row_takes_what_fidelity_measures():
         (10.1, "Almost nothing"),
         (10.9, "A little"),
         (12.0, "plain to see: heal the model before you use it (moekit distill)"),
-        (25.0, "badly damaged: keep more experts, or heal it before use; moekit cannot"),
+        (25.0, "badly damaged: keep more experts, or heal it before use (moekit distill)"),
         (9.0, "fell by 10.0%"),
     ],
 )

@@ -5,10 +5,13 @@
 
 The same tiny random Qwen3-MoE, the bundled tokenizer, prompts, group size, completion length, learning rate
 and loss (GRPO, one update of each rollout); one thread each. Both sides run in processes of their own, in
-turns; the first steps of each do not count. A random model hardly ever ends by itself, so all completions
-have the full length on both sides. Writes `benchmarks/results/rl_speed.json` and the table of `docs/rl.md`.
+turns; the first steps of each do not count. Time is that of the CPU, so that other programs on the machine
+count little. A random model hardly ever ends by itself, so nearly all completions have the full length on
+both sides. Short prompts ask for a sum; long ones have examples before it, and shorter completions. Writes
+`benchmarks/results/rl_speed.json` and the table of `docs/rl.md`.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -28,6 +31,8 @@ from dropout_report import insert_table, markdown
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 NAME = "rl_speed"
+SHAPES = {"short prompts": (0, 64), "long prompts": (16, 32)}
+"""Examples before the question, and tokens of a completion."""
 SIDES = ("TRL", "moekit")
 VOCAB = 2048
 WARM_UP = 2
@@ -45,8 +50,8 @@ class SpeedConfig:
     """Processes of each side, in turns."""
     prompts: int = 2
     group: int = 8
-    length: int = 64
-    """Tokens of a completion."""
+    shape: str = "short prompts"
+    """Of the process that measures: see `SHAPES`."""
     side: str | None = None
     """Measure this one in this process and print it; the program calls itself so."""
     results: Path = Path("benchmarks/results")
@@ -74,13 +79,14 @@ def tiny_config(**tokens: int | None) -> Qwen3MoeConfig:
     )
 
 
-def build() -> tuple[Any, Any, list[dict[str, str]]]:
+def build(num_examples: int) -> tuple[Any, Any, list[dict[str, str]]]:
     """Model, tokenizer and prompts of both sides."""
     torch.manual_seed(0)
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
     config = tiny_config(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     numbers = np.random.default_rng(0).integers(10, 100, size=(256, 2)).tolist()
-    rows = [{"prompt": f"Q: Compute {a} + {b}.\nA:", "answer": str(a + b)} for a, b in numbers]
+    shown = "".join(f"Q: Compute {a} + {b}.\nA: {a + b}\n" for a, b in numbers[:num_examples])
+    rows = [{"prompt": f"{shown}Q: Compute {a} + {b}.\nA:", "answer": str(a + b)} for a, b in numbers]
     return Qwen3MoeForCausalLM(config), tokenizer, rows
 
 
@@ -95,7 +101,8 @@ def run_trl(config: SpeedConfig) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer, rows = build()
+    num_examples, length = SHAPES[config.shape]
+    model, tokenizer, rows = build(num_examples)
     stages = {"rollouts": 0.0, "updates": 0.0}
 
     class Clock(TrainerCallback):
@@ -104,15 +111,15 @@ def run_trl(config: SpeedConfig) -> dict[str, Any]:
         times: list[float]
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append(time.process_time())
 
     class Timed(GRPOTrainer):
         """Adds up the time of the rollouts."""
 
         def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
+            begin = time.process_time()
             found = super()._generate_and_score_completions(*args, **kwargs)
-            stages["rollouts"] += time.perf_counter() - begin
+            stages["rollouts"] += time.process_time() - begin
             return found
 
     clock = Clock()
@@ -126,7 +133,7 @@ def run_trl(config: SpeedConfig) -> dict[str, Any]:
             learning_rate=1e-4,
             per_device_train_batch_size=config.prompts * config.group,
             num_generations=config.group,
-            max_completion_length=config.length,
+            max_completion_length=length,
             max_steps=config.steps + WARM_UP,
             loss_type="grpo",
             beta=0.0,
@@ -154,19 +161,21 @@ def run_trl(config: SpeedConfig) -> dict[str, Any]:
 
 def run_moekit(config: SpeedConfig) -> dict[str, Any]:
     """Seconds of each step, and of its stages."""
-    from moekit.rl import ALGORITHMS, PolicySettings, PolicyTrainer, make_prompts
+    from moekit.rl import ALGORITHMS, PolicySettings, PolicyTrainer, make_prompts, stopwatch
     from moekit.rl.rewards import NamedReward, RewardSet
 
-    model, tokenizer, rows = build()
+    num_examples, length = SHAPES[config.shape]
+    model, tokenizer, rows = build(num_examples)
     settings = PolicySettings(
         steps=config.steps + WARM_UP,
         prompts_per_step=config.prompts,
         num_generations=config.group,
         micro_batch_size=config.prompts * config.group,
-        max_completion_length=config.length,
+        max_completion_length=length,
         learning_rate=1e-4,
         save_steps=10**6,
     )
+    stopwatch.time.perf_counter = time.process_time  # in this process alone
     with tempfile.TemporaryDirectory() as folder:
         trainer = PolicyTrainer(
             model,
@@ -185,12 +194,12 @@ def run_moekit(config: SpeedConfig) -> dict[str, Any]:
     return {"seconds": seconds, "rollout_share": totals["time/rollouts"] / sum(totals.values())}
 
 
-def measure(config: SpeedConfig, side: str) -> dict[str, Any]:
+def measure(config: SpeedConfig, side: str, shape: str) -> dict[str, Any]:
     """One process."""
-    words = [f"--{name}={getattr(config, name)}" for name in ("steps", "prompts", "group", "length")]
+    words = [f"--{name}={getattr(config, name)}" for name in ("steps", "prompts", "group")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
-        [sys.executable, __file__, "--side", side, *words],
+        [sys.executable, __file__, "--side", side, "--shape", shape, *words],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -200,7 +209,11 @@ def measure(config: SpeedConfig, side: str) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]], config: SpeedConfig) -> list[dict[str, Any]]:
-    """A row for each side; the interval of the ratio is over rounds."""
+    """A row for each shape and side; the interval of the ratio is over rounds."""
+    return [row for shape in SHAPES for row in _compare([r for r in rows if r["shape"] == shape], config)]
+
+
+def _compare(rows: list[dict[str, Any]], config: SpeedConfig) -> list[dict[str, Any]]:
     medians = {side: np.array([np.median(r["seconds"]) for r in rows if r["side"] == side]) for side in SIDES}
     generator = np.random.default_rng(0)
     found = []
@@ -211,6 +224,7 @@ def summarise(rows: list[dict[str, Any]], config: SpeedConfig) -> list[dict[str,
         mine = [row for row in rows if row["side"] == side]
         found.append(
             {
+                "shape": rows[0]["shape"],
                 "side": side,
                 "seconds": seconds,
                 "samples_per_second": config.prompts * config.group / seconds,
@@ -224,9 +238,10 @@ def summarise(rows: list[dict[str, Any]], config: SpeedConfig) -> list[dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each side."""
+    """A line for each shape and side."""
     body = [
         [
+            row["shape"],
             row["side"],
             f"{row['seconds']:.3f}",
             f"{row['samples_per_second']:.1f}",
@@ -236,7 +251,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return markdown(["GRPO by", "step, s", "samples/s", "speed / TRL", "in rollouts", "peak, MB"], body)
+    names = ["prompts", "GRPO by", "step, CPU s", "samples/s", "speed / TRL", "in rollouts", "peak, MB"]
+    return markdown(names, body)
 
 
 def main(config: SpeedConfig) -> None:
@@ -245,7 +261,7 @@ def main(config: SpeedConfig) -> None:
     if config.side is not None:
         found = {"TRL": run_trl, "moekit": run_moekit}[config.side](config)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-        print(json.dumps({"side": config.side, **found, "megabytes": peak}))
+        print(json.dumps({"shape": config.shape, "side": config.side, **found, "megabytes": peak}))
         return
     try:
         versions = {name: version(name) for name in ("trl", "transformers", "torch")}
@@ -253,9 +269,9 @@ def main(config: SpeedConfig) -> None:
         raise SystemExit(f"{error.name} is missing: pip install trl") from error
     rows = []
     for _ in range(config.rounds):
-        for side in SIDES:
-            rows.append(measure(config, side))
-            print(side, f"{np.median(rows[-1]['seconds']):.3f} s", flush=True)
+        for shape, side in itertools.product(SHAPES, SIDES):
+            rows.append(measure(config, side, shape))
+            print(shape, side, f"{np.median(rows[-1]['seconds']):.3f} s", flush=True)
     summary = summarise(rows, config)
     text = json.dumps({"versions": versions, "summary": summary, "rows": rows}, indent=1) + "\n"
     (config.results / f"{NAME}.json").write_text(text, encoding="utf-8")

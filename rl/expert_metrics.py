@@ -31,13 +31,13 @@ class ExpertMeter:
         self.sums = torch.zeros(len(layers), most + 2, dtype=torch.float64, device=layers[0].device)
 
     @contextmanager
-    def listen(self, attention_mask: Shaped[Tensor, "B S"]) -> Iterator[None]:
+    def listen(self, weights: Shaped[Tensor, "B S"]) -> Iterator[None]:
         """Count a forward pass inside the context.
 
         Args:
-            attention_mask: 0 for padding.
+            weights: How often a token counts, as an attention mask or `Arrangement.weights`; 0 for padding.
         """
-        counted_T = attention_mask.flatten() != 0
+        counted_T = weights.flatten()
         with ExitStack() as stack:
             for number, layer in enumerate(self.layers):
                 stack.enter_context(layer.observe_logits(partial(self._add_logits, number, counted_T)))
@@ -58,10 +58,11 @@ class ExpertMeter:
         layer = self.layers[number]
         ids_TK, weights_TK = layer.as_choices(ids, weights)
         # A weight of 0 is a choice that was not served; ids from E on are of experts without weights.
-        is_real_TK = counted_T.to(ids_TK.device)[:, None] & (weights_TK != 0) & (ids_TK < layer.num_experts)
+        is_real_TK = (weights_TK != 0) & (ids_TK < layer.num_experts)
         bins_TK = torch.where(is_real_TK, ids_TK, 0)
+        counted_TK = is_real_TK * counted_T.to(ids_TK.device)[:, None]
         counts_E = self.sums[number, : layer.num_experts]
-        counts_E.scatter_add_(0, bins_TK.flatten().to(counts_E.device), is_real_TK.flatten().to(counts_E))
+        counts_E.scatter_add_(0, bins_TK.flatten().to(counts_E.device), counted_TK.flatten().to(counts_E))
 
     def metrics(self) -> dict[str, float]:
         """Means over the layers, empty before anything was counted.

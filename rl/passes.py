@@ -156,7 +156,7 @@ class PolicyPasses:
         if not self.plain.layers:
             yield
             return
-        with self._meter_in_use.listen(policy_inputs(micro)["attention_mask"]):
+        with self._meter_in_use.listen(self.plain.arrange(**policy_inputs(micro)).weights):
             yield
 
     @contextmanager

@@ -5,6 +5,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from ..moe.layer import ExpertLayer
 from ..moe.wrapping import WrapsModel
 from .algorithm import TokenStatistics
 from .batch import PolicyBatch
+from .shared_prompts import Arrangement, can_share_prompts, plain_arrangement, shared_arrangement
 from .token_logprobs import Entropies, token_logprobs
 
 RANDOM_NAMES = ("dropout", "layerdrop", "drop_path", "jitter")
@@ -41,6 +43,7 @@ class Policy(WrapsModel):
         head: Its output embeddings.
         scale: What becomes of the head's output.
         layers: Its expert layers; none in a dense model.
+        shares_prompts: Whether it reads a prompt once for all its completions, where that saves work.
         with_router_loss: See below.
         logit_bytes: See below.
         is_whole: Whether weights that processes have divided are whole for now.
@@ -48,6 +51,7 @@ class Policy(WrapsModel):
     Args:
         model: The language model, or a PEFT model with layers of its own in it (LoRA and its kin).
         with_router_loss: Whether passes with gradient also give the load-balancing loss of the experts.
+        share_prompts: Whether a prompt may be read once for all its completions; no router loss then.
         logit_bytes: Most bytes of a chunk of logits in single precision.
 
     Raises:
@@ -58,7 +62,12 @@ class Policy(WrapsModel):
     """
 
     def __init__(
-        self, model: nn.Module, *, with_router_loss: bool = False, logit_bytes: int = LOGIT_BYTES
+        self,
+        model: nn.Module,
+        *,
+        with_router_loss: bool = False,
+        share_prompts: bool = True,
+        logit_bytes: int = LOGIT_BYTES,
     ) -> None:
         super().__init__()
         if logit_bytes < 1:
@@ -72,6 +81,13 @@ class Policy(WrapsModel):
         self.scale = logit_scale(self.plain)
         self.layers = _layers(self.plain, are_needed=with_router_loss)
         self._options = _options(self.plain)
+        self._takes_positions = "position_ids" in inspect.signature(self.plain.forward).parameters
+        self.shares_prompts = (
+            share_prompts
+            and not with_router_loss
+            and self._takes_positions
+            and can_share_prompts(self.plain, self.head)
+        )
         self.train(model.training)
 
     @property
@@ -122,14 +138,15 @@ class Policy(WrapsModel):
                 f"num_completion={num_completion} of {input_ids.shape[1]} positions must leave one to the "
                 "prompt"
             )
-        inputs = self._inputs(input_ids, attention_mask)
-        with self._router_loss(attention_mask) as router_loss:
-            hidden_BSD = hidden_states(self.plain, self.head, inputs)
+        arrangement = self.arrange(input_ids, attention_mask, num_completion)
+        inputs = {**arrangement.inputs(), **self._options}
+        with self._router_loss(arrangement.weights) as router_loss:
+            hidden_USD = hidden_states(self.plain, self.head, inputs)
         rows_N, columns_N = attention_mask[:, num_prompt:].nonzero(as_tuple=True)
         chunk_size = max(1, self.logit_bytes // (4 * self.config.get_text_config().vocab_size))
         entropies: Entropies = "gradient" if with_entropy_gradient else "value" if with_entropies else "none"
         found = token_logprobs(
-            hidden_BSD[rows_N, columns_N + num_prompt - 1],
+            arrangement.before(hidden_USD, rows_N, columns_N),
             input_ids[rows_N, columns_N + num_prompt],
             self._logits,
             temperature=temperature,
@@ -145,11 +162,13 @@ class Policy(WrapsModel):
         }
         return said if router_loss is None else said | {"router_loss": router_loss()}
 
-    def _inputs(self, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Any]:
-        inputs = {"input_ids": ids_BS, "attention_mask": mask_BS.long(), **self._options}
-        if "position_ids" in self._options:
-            inputs["position_ids"] = (mask_BS.long().cumsum(1) - 1).clamp_min(0)
-        return inputs
+    def arrange(self, input_ids: Tensor, attention_mask: Tensor, num_completion: int) -> Arrangement:
+        """How the model reads a batch; arguments as of the forward."""
+        shared = None
+        if self.shares_prompts:
+            shared = shared_arrangement(input_ids, attention_mask, num_completion)
+        plain = shared or plain_arrangement(input_ids, attention_mask, num_completion)
+        return plain if self._takes_positions else replace(plain, position_ids=None)
 
     @contextmanager
     def _router_loss(self, mask_BS: Tensor) -> Iterator[Any]:
@@ -202,11 +221,8 @@ def _layers(model: PreTrainedModel, *, are_needed: bool) -> list[ExpertLayer]:
 
 
 def _options(model: PreTrainedModel) -> dict[str, Any]:
-    """Inputs that are always the same, and ``position_ids`` where the model has positions."""
-    parameters = inspect.signature(model.forward).parameters
+    """Inputs that are always the same."""
     options: dict[str, Any] = {"use_cache": False}
-    if "position_ids" in parameters:
-        options["position_ids"] = None
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         options["output_router_logits"] = False  # the model's own router loss, which nobody would read
     return options

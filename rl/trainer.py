@@ -96,7 +96,11 @@ class PolicyTrainer:
         self.eval_prompts = eval_prompts
         eos_ids, pad_id = end_and_pad(model, tokenizer)
         without_dropout(model)
-        bare = Policy(model, with_router_loss=settings.router_aux_loss_coef > 0)
+        bare = Policy(
+            model,
+            with_router_loss=settings.router_aux_loss_coef > 0,
+            share_prompts=not settings.router_replay,  # which knows choices by rows of their own
+        )
         if generator is None:
             generator = EmbeddedGenerator(
                 bare.plain, eos_token_ids=eos_ids, pad_token_id=pad_id, tokenizer=tokenizer

@@ -1,7 +1,9 @@
-"""All RL methods on one policy, one task and the same number of samples.
+r"""All RL methods on one policy, one task and the same number of samples.
 
     pip install 'moekit[rl]'
-    python benchmarks/rl_methods.py
+    python benchmarks/rl_methods.py --seeds 0 1 2 3 4
+    python benchmarks/rl_methods.py --steps 400 --keep-every 4 --results benchmarks/results/rl_methods_long.jsonl \
+        --arms GRPO "GRPO, 2 updates" GTPO Clip-Cov KL-Cov ROVER DPH-RL EPO
 
 The policy is the bundled model, compressed by `moekit compress` to half its experts; the task sums of two or
 three numbers of one or two digits (reasoning-gym), rewarded 1 for the right number and 0 otherwise. Every arm
@@ -81,6 +83,8 @@ class MethodsConfig:
     group: int = 8
     held_out: int = 96
     learning_rate: float = 1e-4
+    keep_every: int = 1
+    """Steps between rows of the history that are written; those with an evaluation always are."""
     policy: Path | None = None
     """A policy that is there already; by default it is made."""
     results: Path = Path("benchmarks/results/rl_methods.jsonl")
@@ -160,7 +164,11 @@ def run(config: MethodsConfig, policy: Path, name: str, seed: int) -> dict[str, 
             eval_prompts=task(tokenizer, config.held_out, HELD_OUT_SEED),
         )
         trainer.train()
-        history = [slim(row) for row in trainer.history.read()]
+        history = [
+            slim(row)
+            for row in trainer.history.read()
+            if row["step"] % config.keep_every == 0 or "eval_pass@1" in row
+        ]
     return {"arm": name, "seed": seed, "seconds": time.perf_counter() - begin, "history": history}
 
 

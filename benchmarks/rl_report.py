@@ -279,6 +279,8 @@ def main(config: ReportConfig) -> None:
         document = insert_table(document, "rl_methods", methods_table(rows))
         document = insert_table(document, "rl_claims", claims_table(rows))
         methods_figure(rows).savefig(figures / "rl_methods.png", dpi=64)
+    if rows := read(config.results / "rl_methods_long.jsonl"):
+        document = insert_table(document, "rl_claims_long", claims_table(rows))
     if rows := read(config.results / "rl_recovery.jsonl"):
         document = insert_table(document, "rl_recovery", recovery_table(rows))
         recovery_figure(rows).savefig(figures / "rl_recovery.png", dpi=130)

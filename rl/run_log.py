@@ -60,10 +60,11 @@ class RunLog:
             )
 
     def row(self, row: dict[str, Any]) -> None:
-        """Keep a row, and show it if its step is logged; the last step always is."""
+        """Keep a row, and show it if its step is logged or evaluated; the last step always is."""
         if not self.is_main:
             return
         self.history.append(row)
-        is_shown = row["step"] % self.logging_steps == 0 or row["step"] == self.steps
+        is_logged = row["step"] % self.logging_steps == 0 or row["step"] == self.steps
+        is_shown = is_logged or any(name.startswith("eval_") for name in row)
         if self.on_row is not None and is_shown:
             self.on_row(row)

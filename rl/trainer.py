@@ -195,6 +195,7 @@ class PolicyTrainer:
             is_measured = self.settings.eval_steps and step % self.settings.eval_steps == 0
             if self.eval_prompts and (is_last or is_measured):
                 row |= self._evaluation()
+                row["reward_failures"] = sum(self.state.failures.values())
             self.log.row(row)
             if is_last or step % self.settings.save_steps == 0:
                 self.save()

@@ -34,7 +34,7 @@ def shaper(
     text = prompt.columns.get(demonstration_column)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(
-            f"row {prompt.index} has {demonstration_column}={text!r}; RL-PLUS needs a text that answers the "
+            f"row {prompt.index + 1} has {demonstration_column}={text!r}; RL-PLUS needs a text that answers the "
             "prompt in this column of every row (setting demonstration_column)"
         )
     if tokenizer.eos_token_id is None:

@@ -71,7 +71,7 @@ def test_a_row_without_demonstration(tmp_path):
     ]
     for bad in (rows[:2], [rows[0], rows[2]]):
         prompts = make_prompts(bad, tiny_tokenizer())
-        refused(tmp_path, "rl-plus", "row 1 has demonstration=", prompts=prompts)
+        refused(tmp_path, "rl-plus", "row 2 has demonstration=", prompts=prompts)
 
 
 def test_a_group_that_budgets_cannot_share(tmp_path):

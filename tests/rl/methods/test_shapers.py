@@ -44,7 +44,7 @@ def test_rl_plus_reads_the_column_that_it_is_told():
 
 @pytest.mark.parametrize("columns", [{}, *({"demonstration": text} for text in (None, " ", 3))])
 def test_rl_plus_refuses_a_row_without_demonstration(columns):
-    with pytest.raises(ValueError, match="row 5 has demonstration"):
+    with pytest.raises(ValueError, match="row 6 has demonstration"):
         rl_plus.shaper(prompt(**columns), 8, Words(), 100)
 
 

@@ -2,7 +2,8 @@ r"""All RL methods on one policy, one task and the same number of samples.
 
     pip install 'moekit[rl]'
     python benchmarks/rl_methods.py --seeds 0 1 2 3 4
-    python benchmarks/rl_methods.py --steps 400 --keep-every 4 --results benchmarks/results/rl_methods_long.jsonl \
+    python benchmarks/rl_methods.py --steps 400 --keep-every 4 \
+        --results benchmarks/results/rl_methods_long.jsonl \
         --arms GRPO "GRPO, 2 updates" GTPO Clip-Cov KL-Cov ROVER DPH-RL EPO
 
 The policy is the bundled model, compressed by `moekit compress` to half its experts; the task sums of two or

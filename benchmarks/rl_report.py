@@ -264,7 +264,7 @@ def recovery_figure(rows: list[Row]) -> Figure:
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("steps of RL, 128 completions each")
     axes.set_ylabel("held-out sums answered, %")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * float(full))
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -34,8 +34,8 @@ def shaper(
     text = prompt.columns.get(demonstration_column)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(
-            f"row {prompt.index + 1} has {demonstration_column}={text!r}; RL-PLUS needs a text that answers the "
-            "prompt in this column of every row (setting demonstration_column)"
+            f"row {prompt.index + 1} has {demonstration_column}={text!r}; RL-PLUS needs a text that answers "
+            "the prompt in this column of every row (setting demonstration_column)"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token, with which a demonstration has to end")

@@ -12,13 +12,18 @@ from ..moe.activations import neuron_activations
 from ..moe.layer import ExpertLayer
 from ..moe.samples import InputSamples, LayerSample
 from ..moe.weights import ExpertWeights
-from .alignment import Alignment, activation_permutation, check_same_layout
+from .alignment import Alignment, activation_permutation, check_same_layout, neuron_cosines
 from .layer_plan import LayerPlan
 
 
 @torch.no_grad()
 def match_activations(
-    layer: ExpertLayer, expert: ExpertWeights, reference: ExpertWeights, inputs_TD: Float[Tensor, "T D"]
+    layer: ExpertLayer,
+    expert: ExpertWeights,
+    reference: ExpertWeights,
+    inputs_TD: Float[Tensor, "T D"],
+    *,
+    with_weights: bool = False,
 ) -> Alignment:
     """Find the neuron order in which an expert's activations correlate best with a reference's.
 
@@ -30,7 +35,8 @@ def match_activations(
         expert: The expert to reorder.
         reference: The expert whose order is kept; same layout.
         inputs_TD: What the layer's experts read for the tokens that either of the two served
-            (``LayerSample.routed_to``). At most one token gives the identity.
+            (``LayerSample.routed_to``). At most one token gives the identity, or what the weights say.
+        with_weights: Add the cosines of the neurons' weights to the correlations of their activations.
 
     Returns:
         The alignment, for ``permute_expert``. Neurons that the tokens do not tell apart (silent ones, or
@@ -47,7 +53,9 @@ def match_activations(
     check_same_layout(expert, reference, "the expert", "its reference")
     inputs_TD = inputs_TD.to(expert.up)
     reference_TF = neuron_activations(layer, reference, inputs_TD)
-    return Alignment(activation_permutation(reference_TF, neuron_activations(layer, expert, inputs_TD)))
+    hidden_TF = neuron_activations(layer, expert, inputs_TD)
+    score_FF = neuron_cosines(reference, expert) if with_weights else None
+    return Alignment(activation_permutation(reference_TF, hidden_TF, score_FF))
 
 
 def check_samples(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..moe.weights import ExpertWeights
 
@@ -123,7 +123,9 @@ def permute_expert(
 
 @torch.no_grad()
 def activation_permutation(
-    reference_hidden_TF: Float[Tensor, "T F"], hidden_TF: Float[Tensor, "T F"]
+    reference_hidden_TF: Float[Tensor, "T F"],
+    hidden_TF: Float[Tensor, "T F"],
+    score_FF: Float[Tensor, "F F"] | None = None,
 ) -> Int[Tensor, " F"]:
     """Find the neuron order in which activations correlate best with a reference's (activation matching).
 
@@ -134,6 +136,7 @@ def activation_permutation(
     Args:
         reference_hidden_TF: Activations of the reference on tokens routed to either expert.
         hidden_TF: Activations of the expert to reorder on the same tokens.
+        score_FF: What else speaks for matching two neurons, the reference's in rows; is added to C.
 
     Returns:
         [F] long permutation for ``permute_expert``.
@@ -146,10 +149,18 @@ def activation_permutation(
     got, wanted = tuple(hidden_TF.shape), tuple(reference_hidden_TF.shape)
     if got != wanted:
         raise ValueError(f"activations of shapes {got} and {wanted}; run both experts on the same tokens")
-    if hidden_TF.shape[0] <= 1:
+    if hidden_TF.shape[0] > 1:
+        correlation_FF = _standardise(reference_hidden_TF).T @ _standardise(hidden_TF)
+        score_FF = correlation_FF if score_FF is None else correlation_FF + score_FF
+    if score_FF is None:
         return torch.arange(hidden_TF.shape[1], device=hidden_TF.device)
-    score_FF = _standardise(reference_hidden_TF).T @ _standardise(hidden_TF)
     return _best_assignment(score_FF).to(hidden_TF.device)
+
+
+def neuron_cosines(reference: ExpertWeights, expert: ExpertWeights) -> Float[Tensor, "F F"]:
+    """Cosine of all weights of every two neurons, the reference's in rows."""
+    mine, theirs = (_neurons(item, include_down=True) for item in (reference, expert))
+    return nn.functional.normalize(mine, dim=1) @ nn.functional.normalize(theirs, dim=1).T
 
 
 def check_same_layout(

@@ -19,7 +19,7 @@ from .activation_matching import check_samples, match_activations
 from .alignment import Alignment, align_expert, permute_expert
 from .layer_plan import ExpertGroup, LayerPlan
 from .merging import merge_experts
-from .plan import CompressionPlan
+from .plan import NEEDS_SAMPLES, CompressionPlan
 
 Aligner = Callable[[int, int], Alignment]
 """From two experts of a layer, how to bring the first into the second's order."""
@@ -40,8 +40,8 @@ def apply_plan(
     Args:
         model: The model that the plan was made for.
         plan: What to do; may have been edited.
-        samples: What the experts read, by ``record_inputs``; needed, and read, for the alignment
-            ``activations`` only.
+        samples: What the experts read, by ``record_inputs``; needed, and read, for the alignments
+            ``activations`` and ``both`` only.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -58,14 +58,14 @@ def apply_plan(
     """
     layers = {layer.name: layer for layer in expert_layers(model)}
     plan.validate_against(list(layers.values()))
-    if plan.alignment.method == "activations":
+    if plan.alignment.method in NEEDS_SAMPLES:
         check_samples(samples, layers, plan.layers)
     for layer_plan in plan.layers:
         if not layer_plan.is_identity:
-            _check_finite(layers[layer_plan.name])
+            check_finite(layers[layer_plan.name])
     report = {}
     for layer_plan in tqdm(plan.layers, desc="merging", unit="layer", disable=not progress):
-        report[layer_plan.name] = _apply_to_layer(layers[layer_plan.name], layer_plan, plan, samples)
+        report[layer_plan.name] = apply_layer(layers[layer_plan.name], layer_plan, plan, samples)
     if plan.form == "stock":
         # Uniform, as the plan has made sure.
         update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)
@@ -73,9 +73,17 @@ def apply_plan(
 
 
 @torch.no_grad()
-def _apply_to_layer(
+def apply_layer(
     layer: ExpertLayer, layer_plan: LayerPlan, plan: CompressionPlan, samples: InputSamples | None
 ) -> dict[str, Any]:
+    """Merge and remove experts of one layer, unchecked; see `apply_plan` and `check_finite`.
+
+    Args:
+        layer: The layer.
+        layer_plan: What becomes of it.
+        plan: The plan that it is of, for alignment and router.
+        samples: See `apply_plan`.
+    """
     distances: list[tuple[float, float]] = []
     if not layer_plan.is_identity:
         experts = layer.experts()
@@ -112,6 +120,7 @@ def _aligner(layer: ExpertLayer, plan: CompressionPlan, samples: InputSamples | 
         experts[expert],
         experts[reference],
         samples.layers[layer.name].routed_to(expert, reference),
+        with_weights=rule.method == "both",
     )
 
 
@@ -153,7 +162,12 @@ def _unit_sum(weights: tuple[float, ...]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def _check_finite(layer: ExpertLayer) -> None:
+def check_finite(layer: ExpertLayer) -> None:
+    """Refuse experts whose weights are not numbers.
+
+    Raises:
+        ValueError: NaN or infinity; names expert and layer.
+    """
     for index, expert in enumerate(layer.experts()):
         for name, tensor in expert.named_tensors():
             if not tensor.isfinite().all():

@@ -6,8 +6,10 @@ layer facts, never weights.
 
 # E experts, M kept experts
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Real
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import RoutingStatistics
-from .grouping import adaptive_group_counts, dominant_experts, uniform_group_counts
+from .grouping import adaptive_group_counts, uniform_group_counts
 from .plan import check_unmerged
 
-SHARES = ("adaptive", "uniform")
+SHARES = ("adaptive", "uniform", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,8 @@ class Budget:
     """Indices of the layers that stay as they are."""
     notes: tuple[str, ...]
     """Why they do."""
+    settings: dict[str, Any]
+    """What was asked for, for the record."""
 
 
 def share_experts(
@@ -43,6 +47,8 @@ def share_experts(
     ratio: float | None = None,
     grouping: str = "adaptive",
     exclude_layers: Collection[int] = (),
+    layer_experts: Sequence[int] = (),
+    sensitivities: Sequence[float] = (),
     ties: str = "exact",
 ) -> Budget:
     """Decide how many experts each layer keeps.
@@ -53,10 +59,15 @@ def share_experts(
     Args:
         layers: All MoE layers of the model.
         statistics: How they routed.
-        experts: Experts to keep in each merged layer, on average for ``adaptive``. Give this or ``ratio``.
+        experts: Experts to keep in each merged layer, on average unless ``uniform``. Give this, ``ratio`` or
+            ``layer_experts``.
         ratio: Share of the experts of each merged layer to keep, in (0, 1]; rounded to whole experts.
-        grouping: ``adaptive`` gives more to layers that use many experts, ``uniform`` the same to all.
+        grouping: ``adaptive`` gives more to layers that use many experts, ``uniform`` the same to all,
+            ``sensitivity`` more to those that are hurt more.
         exclude_layers: Indices into ``layers`` of layers that stay as they are.
+        layer_experts: Experts to keep in each layer, one number each.
+        sensitivities: For ``sensitivity``: loss of the model when one layer alone keeps the asked number, one
+            for each layer.
         ties: See ``adaptive_group_counts``.
 
     Returns:
@@ -68,6 +79,8 @@ def share_experts(
     """
     if grouping not in SHARES:
         raise ValueError(f"grouping={grouping!r} is not one of {', '.join(SHARES)}")
+    if layer_experts:
+        return _given(layers, statistics, layer_experts, experts=experts, ratio=ratio)
     if (experts is None) == (ratio is None):
         raise ValueError(f"give either experts or ratio, got experts={experts} and ratio={ratio}")
     if ratio is not None and not 0 < ratio <= 1:
@@ -94,6 +107,9 @@ def share_experts(
         average = sum(targets) / len(targets)
         shared = adaptive_group_counts(usage_LE, average, excluded=untouched, minimum=minimum, ties=ties)
         num_kept, requested = shared.num_groups, shared.requested
+    elif grouping == "sensitivity":
+        num_kept = _by_sensitivity(layers, dict(zip(merged, targets, strict=True)), sensitivities)
+        requested = sum(num_kept)
     else:
         by_layer = dict(zip(merged, targets, strict=True))
         # One call for each layer, for a ratio gives layers of other sizes other numbers.
@@ -106,30 +122,106 @@ def share_experts(
     notes += [
         f"layer {layers[i].name!r} saw no token and stays as it is" for i in silent if i not in exclude_layers
     ]
-    return Budget(num_kept=num_kept, requested=requested, untouched=untouched, notes=tuple(notes))
+    settings = {"experts": experts, "ratio": ratio, "exclude_layers": sorted(exclude_layers)}
+    return Budget(
+        num_kept=num_kept, requested=requested, untouched=untouched, notes=tuple(notes), settings=settings
+    )
 
 
-def choose_cores(layer: ExpertLayer, counts_E: Real[Tensor, " E"], num_kept: int, router: str) -> list[int]:
-    """Choose the experts that keep their place: the most used.
+def _given(
+    layers: Sequence[ExpertLayer],
+    statistics: RoutingStatistics,
+    layer_experts: Sequence[int],
+    *,
+    experts: int | None,
+    ratio: float | None,
+) -> Budget:
+    """One number for each layer; those that keep all stay as they are."""
+    if experts is not None or ratio is not None:
+        raise ValueError("layer_experts says how many each layer keeps; leave experts and ratio out")
+    check_unmerged(layers)
+    check_statistics(layers, statistics)
+    if len(layer_experts) != len(layers):
+        raise ValueError(f"layer_experts has {len(layer_experts)} numbers for {len(layers)} MoE layers")
+    for layer, number in zip(layers, layer_experts, strict=True):
+        _target(layer, number, None)
+    untouched = {i for i, layer in enumerate(layers) if layer_experts[i] == layer.num_experts}
+    if silent := [i for i, x in enumerate(layers) if i not in untouched and not _num_tokens(x, statistics)]:
+        raise ValueError(
+            f"layer {layers[silent[0]].name!r} saw no token, so nothing is known of its experts; let it keep "
+            f"all {layers[silent[0]].num_experts}, or record the routing on data that reaches it"
+        )
+    return Budget(
+        num_kept=tuple(layer_experts),
+        requested=sum(layer_experts),
+        untouched=frozenset(untouched),
+        notes=(),
+        settings={"layer_experts": list(layer_experts)},
+    )
+
+
+def _by_sensitivity(
+    layers: Sequence[ExpertLayer], targets: dict[int, int], sensitivities: Sequence[float]
+) -> tuple[int, ...]:
+    """Numbers of experts with the least loss in sum, if a layer's loss grows with the square of its cut.
+
+    That is ``s_l ((E - m) / (E - M))^2``, with s_l measured at M. Experts are taken away one at a time where
+    that costs least, which is exact for losses that grow ever faster.
+    """
+    if len(sensitivities) != len(layers):
+        raise ValueError(
+            f"grouping='sensitivity' needs a loss for each of {len(layers)} MoE layers, "
+            f"got {len(sensitivities)}"
+        )
+    if not all(0 <= value < math.inf for value in sensitivities):
+        raise ValueError(f"sensitivities={list(sensitivities)} must be finite and not negative")
+    kept = [layer.num_experts for layer in layers]
+    scale = {
+        i: max(sensitivities[i], 1e-12) / max(1, layers[i].num_experts - number) ** 2
+        for i, number in targets.items()
+    }
+
+    def cost(i: int) -> float:
+        """Of one expert less in layer i."""
+        cut = layers[i].num_experts - kept[i]
+        return scale[i] * ((cut + 1) ** 2 - cut**2)
+
+    for _ in range(sum(layers[i].num_experts - number for i, number in targets.items())):
+        kept[min((i for i in targets if kept[i] > layers[i].top_k), key=cost)] -= 1
+    return tuple(kept)
+
+
+def choose_cores(
+    layer: ExpertLayer,
+    scores_E: Real[Tensor, " E"],
+    num_kept: int,
+    router: str,
+    *,
+    protected: Collection[int] = (),
+) -> list[int]:
+    """Choose the experts that keep their place: those of the highest score, such as the most used.
 
     Where rows of a group-limited router are to be cut (DeepSeek-V3 and its kin), the router's groups must
-    stay of one size, so the most used of each group are chosen.
+    stay of one size, so the best of each group are chosen. Of equals the lower id is chosen.
 
     Args:
         layer: The layer.
-        counts_E: How often each expert was selected.
+        scores_E: Higher to keep.
         num_kept: M, between 1 and E.
         router: The plan's router mode.
+        protected: Experts that are chosen whatever their score.
 
     Returns:
         M expert ids, ascending.
 
     Raises:
-        ValueError: M does not divide among the router's groups.
+        ValueError: M does not divide among the router's groups, or leaves no room for protected experts, or a
+            score is NaN.
     """
+    if scores_E.isnan().any():
+        raise ValueError(f"a score of layer {layer.name!r} is NaN; check the checkpoint and the statistics")
     num_groups = layer.router_constraints.num_groups if router in ("slice", "mean") else 1
-    if num_groups == 1:
-        return dominant_experts(counts_E, num_kept).tolist()
+    scores_E = scores_E.double().index_fill(0, torch.tensor(sorted(protected), dtype=torch.long), math.inf)
     if num_kept % num_groups:
         raise ValueError(
             f"cannot keep {num_kept} of {layer.num_experts} experts in layer {layer.name!r} with "
@@ -137,11 +229,16 @@ def choose_cores(layer: ExpertLayer, counts_E: Real[Tensor, " E"], num_kept: int
             f"of {num_groups}, the same in every layer (grouping='uniform'), or use router='redirect'"
         )
     size = layer.num_experts // num_groups
-    return [
-        start + core
-        for start in range(0, layer.num_experts, size)
-        for core in dominant_experts(counts_E[start : start + size], num_kept // num_groups).tolist()
-    ]
+    chosen = []
+    for start in range(0, layer.num_experts, size):
+        ranking = scores_E[start : start + size].argsort(descending=True, stable=True)
+        chosen += sorted((start + ranking[: num_kept // num_groups]).tolist())
+    if lost := sorted(set(protected) - set(chosen)):
+        raise ValueError(
+            f"{num_kept} experts of layer {layer.name!r} leave no room for the super experts {lost}; keep "
+            "more, or drop the protection (protect=False)"
+        )
+    return chosen
 
 
 def check_statistics(layers: Sequence[ExpertLayer], statistics: RoutingStatistics) -> None:

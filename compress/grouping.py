@@ -151,6 +151,7 @@ def assign_groups(
     dominant: Sequence[int] | Int[Tensor, " M"],
     *,
     capacity: int | None = None,
+    alone: Collection[int] = (),
 ) -> Int[Tensor, " E"]:
     """Let every other expert join the dominant expert that it resembles most.
 
@@ -163,6 +164,7 @@ def assign_groups(
         dominant: M distinct expert ids; ``dominant[m]`` leads group m.
         capacity: Most members of a group, its leader included; None for no limit. M groups must hold all E
             experts.
+        alone: Dominant experts that nobody joins.
 
     Returns:
         [E] long, the group of every expert.
@@ -195,12 +197,17 @@ def assign_groups(
         )
     group_of = {leader: label for label, leader in enumerate(leaders)}
     ranking = _by_use(counts_E)
-    labels_by_use = [group_of[expert] for expert in ranking if expert in group_of]
+    labels_by_use = [group_of[expert] for expert in ranking if expert in group_of and expert not in alone]
     sizes, rows = [1] * len(leaders), similarity_EE.tolist()
     for expert in ranking:
         if expert in group_of:
             continue
         free = [label for label in labels_by_use if sizes[label] < capacity]
+        if not free:
+            raise ValueError(
+                f"{len(leaders)} groups of at most {capacity}, {len(alone)} of them closed, do not hold "
+                f"{num_experts} experts; keep more experts"
+            )
         # `max` keeps the first of equals: the group whose leader is used most.
         best = max(free, key=lambda label, row=rows[expert]: row[leaders[label]])
         group_of[expert] = best

@@ -6,7 +6,6 @@ Reads routing statistics, and weights only where they are asked for; changes not
 # E experts, M groups
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,14 +13,16 @@ from torch import Tensor
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import LayerStatistics, RoutingStatistics
 from .alignment import align_expert, permute_expert
-from .budget import Budget, choose_cores, share_experts
-from .grouping import assign_groups, group_members, most_used_members, random_groups
-from .layer_plan import ExpertGroup, LayerPlan, keep_experts
+from .budget import SHARES, choose_cores, share_experts
+from .group_plan import finished_plan, grouped_layer
+from .grouping import assign_groups, most_used_members, random_groups
+from .layer_plan import keep_experts
 from .merging import REFERENCES, WEIGHTINGS, group_weights
-from .plan import AlignmentRule, CompressionPlan, ModelIdentity, check_form
+from .plan import AlignmentRule, CompressionPlan, check_form
+from .protection import super_experts, told
 from .similarity import SIMILARITIES, output_similarity, router_logit_similarity, weight_similarity
 
-GROUPINGS = ("adaptive", "uniform", "random")
+GROUPINGS = (*SHARES, "random")
 
 
 def plan_m_smoe(
@@ -38,6 +39,9 @@ def plan_m_smoe(
     router: str = "redirect",
     form: str = "moekit",
     exclude_layers: Collection[int] = (),
+    layer_experts: Sequence[int] = (),
+    sensitivities: Sequence[float] = (),
+    protect: bool = True,
     capacity: int | None = None,
     ties: str = "exact",
     seed: int = 0,
@@ -52,7 +56,8 @@ def plan_m_smoe(
             this or ``ratio``.
         ratio: Share of the experts to keep, in (0, 1].
         grouping: ``adaptive`` gives more groups to layers that use many experts; ``uniform`` gives all
-            layers the same; ``random`` is uniform with groups drawn by ``seed``, the ablation.
+            layers the same; ``sensitivity`` more to layers that are hurt more; ``random`` is uniform with
+            groups drawn by ``seed``, the ablation.
         similarity: Who resembles whom: ``router-logits`` (the paper's), ``weights`` (of experts aligned to
             the most used one, which holds one aligned copy of a layer) or ``outputs``.
         weighting: What members weigh: ``frequency`` or ``equal``.
@@ -66,7 +71,10 @@ def plan_m_smoe(
             experts in every layer and ``slice`` or ``mean``.
         exclude_layers: Indices of layers that stay as they are. The paper leaves out the first MoE layer of
             switch-base-32's encoder: ``[0]``.
-        capacity: Most members of a group, for ``adaptive`` and ``uniform``.
+        layer_experts: Experts to keep in each layer, one number each, instead of ``experts``.
+        sensitivities: See ``share_experts``.
+        protect: Whether super experts stay alone in their groups.
+        capacity: Most members of a group; random groups have no limit.
         ties: See ``adaptive_group_counts``.
         seed: Of the random groups.
 
@@ -91,10 +99,13 @@ def plan_m_smoe(
         statistics,
         experts=experts,
         ratio=ratio,
-        grouping="adaptive" if grouping == "adaptive" else "uniform",
+        grouping="uniform" if grouping == "random" else grouping,
         exclude_layers=exclude_layers,
+        layer_experts=layer_experts,
+        sensitivities=sensitivities,
         ties=ties,
     )
+    protected = super_experts(statistics) if protect and grouping != "random" else {}
     planned = []
     for index, (layer, num_groups) in enumerate(zip(layers, budget.num_kept, strict=True)):
         if index in budget.untouched or num_groups == layer.num_experts:
@@ -105,49 +116,27 @@ def plan_m_smoe(
             group_of_E = random_groups(layer.num_experts, num_groups, seed + index)
             cores = most_used_members(group_of_E, known.counts).tolist()
         else:
-            cores = choose_cores(layer, known.counts, num_groups, router)
+            alone = protected.get(layer.name, ())
+            cores = choose_cores(layer, known.counts, num_groups, router, protected=alone)
             similarity_EE = layer_similarity(layer, known, similarity, align=alignment != "none")
-            group_of_E = assign_groups(similarity_EE, known.counts, cores, capacity=capacity)
+            group_of_E = assign_groups(similarity_EE, known.counts, cores, capacity=capacity, alone=alone)
         shares_E = group_weights(group_of_E, known.counts, weighting=weighting)
-        planned.append(_layer_plan(layer, group_of_E, cores, shares_E, reference))
+        planned.append(
+            grouped_layer(layer, group_of_E, cores, shares_E, first_is_reference=reference == "first")
+        )
     settings = {
-        "experts": experts,
-        "ratio": ratio,
         "grouping": grouping,
         "similarity": similarity,
         "weighting": weighting,
         "reference": reference,
-        "exclude_layers": sorted(exclude_layers),
+        "protected": told(protected),
         "capacity": capacity,
         "ties": ties,
         "seed": seed,
     }
-    return _finished_plan(layers, planned, budget, settings, form=form, router=router, alignment=alignment)
-
-
-def _finished_plan(
-    layers: Sequence[ExpertLayer],
-    planned: list[LayerPlan],
-    budget: Budget,
-    settings: dict[str, Any],
-    *,
-    form: str,
-    router: str,
-    alignment: str,
-) -> CompressionPlan:
-    plan = CompressionPlan(
-        model=ModelIdentity.of(layers),
-        method="m-smoe",
-        form=form,
-        router=router,
-        alignment=AlignmentRule(method=alignment),
-        layers=tuple(planned),
-        requested_experts=budget.requested,
-        settings=settings,
-        notes=budget.notes,
+    return finished_plan(
+        layers, planned, budget, settings, method="m-smoe", form=form, router=router, alignment=alignment
     )
-    plan.validate_against(layers)
-    return plan
 
 
 def layer_similarity(
@@ -181,22 +170,6 @@ def layer_similarity(
             "use similarity='weights' or 'outputs'"
         )
     return router_logit_similarity(statistics.logit_gram)
-
-
-def _layer_plan(
-    layer: ExpertLayer, group_of_E: Tensor, cores: list[int], shares_E: Tensor, reference: str
-) -> LayerPlan:
-    members, shares = group_members(group_of_E, len(cores)), shares_E.tolist()
-    groups = [
-        ExpertGroup(
-            experts=tuple(experts),
-            weights=tuple(shares[e] for e in experts),
-            core=core,
-            reference=core if reference == "dominant" else 0,
-        )
-        for core, experts in sorted(zip(cores, members, strict=True))
-    ]
-    return LayerPlan(name=layer.name, num_experts=layer.num_experts, top_k=layer.top_k, groups=tuple(groups))
 
 
 def _check_options(

@@ -41,8 +41,11 @@ ROUTERS = ("redirect", "slice", "mean", "logsumexp")
 """``redirect`` keeps all E rows and sends each choice to its group; ``slice`` keeps the cores' rows; ``mean``
 gives each core its group's weighted mean row; ``logsumexp`` chooses groups by their exact probability."""
 
-ALIGNMENTS = ("weights", "activations", "none")
-"""``weights`` matches neurons by their weights, ``activations`` by what they do on sampled tokens."""
+ALIGNMENTS = ("weights", "activations", "both", "none")
+"""``weights`` matches neurons by their weights, ``activations`` by what they do on sampled tokens, ``both``
+by the sum of the two."""
+NEEDS_SAMPLES = ("activations", "both")
+"""Alignments for which `apply_plan` needs samples."""
 
 Layer: TypeAlias = Any  # an ExpertLayer; to import it would be to import torch
 
@@ -82,7 +85,7 @@ class AlignmentRule:
     """How the members of a group are aligned before they are added."""
 
     method: str = "weights"
-    """One of ``ALIGNMENTS``; for ``activations``, `apply_plan` needs samples."""
+    """One of ``ALIGNMENTS``."""
     include_down: bool = True
     """Whether the down projection takes part in the matching of ``weights``."""
 

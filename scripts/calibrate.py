@@ -22,10 +22,11 @@ from ..moe.statistics import LayerStatistics, RoutingStatistics
 
 logger = logging.getLogger(__name__)
 
+NO_DATA = "none: token ids spread over the vocabulary, only to check that the result reads back"
+PROBE_BLOCKS, PROBE_TOKENS = 2, 32
 STEPS = 16
 """Parts of a calibration; at most one part's work is lost by an interruption."""
 DEFAULT_SEQ_LEN = 512
-MIN_EXPERTS_FOR_OUTLIERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,15 @@ def read_texts(
     share = eval_tokens / wanted
     held_out = min(eval_tokens, int(share * len(blocks) * seq_len)) or 1
     return Texts(*split_blocks(blocks, held_out_tokens=held_out, seed=seed))
+
+
+def probe_texts(model: PreTrainedModel) -> Texts:
+    """Blocks of token ids spread over the vocabulary, for methods that read no text."""
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    size = PROBE_BLOCKS * PROBE_TOKENS
+    ids = torch.arange(size).mul(vocabulary).div(size, rounding_mode="floor").view(PROBE_BLOCKS, PROBE_TOKENS)
+    blocks = TokenBlocks(ids, torch.ones_like(ids), ("none",) * PROBE_BLOCKS)
+    return Texts(blocks, blocks)
 
 
 def check_token_ids(blocks: TokenBlocks, model: PreTrainedModel) -> None:
@@ -187,12 +197,6 @@ def record(
         for batch in batches:
             model(**model_inputs(model, batch))
     return statistics
-
-
-def outlier_experts(statistics: RoutingStatistics) -> dict[str, list[int]]:
-    """Super experts by layer; none in a small model, where some expert always has the largest outputs."""
-    num_experts = sum(layer.num_experts for layer in statistics.layers.values())
-    return statistics.super_experts() if num_experts >= MIN_EXPERTS_FOR_OUTLIERS else {}
 
 
 def _kept(folder: Path) -> Iterator[tuple[int, Path]]:

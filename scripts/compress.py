@@ -9,23 +9,21 @@ import torch
 from transformers import PreTrainedModel
 
 from ..compress.apply import apply_plan
-from ..compress.methods import METHODS
-from ..compress.plan import CompressionPlan
 from ..compress.report import write_report
 from ..moe.checkpoint import save_checkpoint
 from ..moe.data import TokenBlocks
 from ..moe.discovery import expert_layers
 from ..moe.footprint import footprint
 from ..moe.layer import ExpertLayer
-from ..moe.statistics import RoutingStatistics
-from .calibrate import Calibration, calibrate, even_statistics
+from .calibrate import Calibration, calibrate
 from .checkpoint_files import tensor_bytes
 from .console import is_interactive, show, step, warn
 from .load import load_model
 from .measure import Measurements, measure
 from .options import CompressOptions
+from .planning import make_plan, needs_samples, plan_in_sequence, try_planner
 from .prediction import predict_footprint
-from .prepare import PLAN_FILE, Job, plan_path, planner_options, prepare
+from .prepare import PLAN_FILE, Job, is_sequential, plan_path, prepare
 from .record import (
     Run,
     find_warnings,
@@ -104,8 +102,11 @@ def _fingerprint(job: Job) -> dict[str, Any]:
 def _only_plan(job: Job) -> None:
     """Make a plan, show it, and save it if a place was named."""
     model, layers = _load(job)
-    with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan(job, layers, _calibrate(job, model, Path(folder)).statistics)
+    if is_sequential(job.options):
+        plan = plan_in_sequence(job, model, layers)[0]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            plan = make_plan(job, model, layers, _calibrate(job, model, Path(folder)))
     show(plan.summary())
     out = job.options.out
     if out is None:
@@ -123,13 +124,11 @@ def _load(job: Job) -> tuple[PreTrainedModel, list[ExpertLayer]]:
     if job.plan is not None:
         job.plan.validate_against(layers)
     else:
-        said = planner_options(job.options)
-        said.pop("similarity", None)  # all of a layer's weights, for "weights": too much for a trial
-        METHODS[job.options.method](layers, even_statistics(layers), **said)
+        try_planner(job.options, layers)
     return model, layers
 
 
-def _calibrate(job: Job, model: PreTrainedModel, folder: Path, *, sample_inputs: bool = False) -> Calibration:
+def _calibrate(job: Job, model: PreTrainedModel, folder: Path) -> Calibration:
     blocks = job.texts.calibration
     step(f"Recording the routing of {blocks.num_tokens:,} tokens")
     return calibrate(
@@ -138,41 +137,35 @@ def _calibrate(job: Job, model: PreTrainedModel, folder: Path, *, sample_inputs:
         folder,
         batch_size=job.options.batch_size,
         progress=is_interactive(),
-        sample_inputs=sample_inputs,
+        sample_inputs=needs_samples(job),
     )
-
-
-def _alignment(job: Job) -> str:
-    """How the plan, given or yet to be made, matches neurons."""
-    return job.options.alignment if job.plan is None else job.plan.alignment.method
-
-
-def make_plan(job: Job, layers: list[ExpertLayer], statistics: RoutingStatistics) -> CompressionPlan:
-    """The user's plan, or a new one."""
-    if job.plan is not None:
-        return job.plan
-    return METHODS[job.options.method](layers, statistics, **planner_options(job.options))
 
 
 def _compress(job: Job, staging: Staging) -> Run:
     """Do the work within the hidden folder."""
     options, output = job.options, staging.output
     model, layers = _load(job)
-    needs_samples = _alignment(job) == "activations"
-    calibration = _calibrate(job, model, staging.work, sample_inputs=needs_samples)
-    statistics = calibration.statistics
-    plan = make_plan(job, layers, statistics)
-    before, after = footprint(model, layers), predict_footprint(model, plan)
-    staging.reserve(after.total_bytes)
-    step(f"Merging {sum(p.num_experts for p in plan.layers)} experts into {plan.actual_experts}")
-    merging = apply_plan(model, plan, samples=calibration.samples, progress=is_interactive())
+    before = footprint(model, layers)
+    if is_sequential(options):
+        plan, statistics, merging = plan_in_sequence(job, model, layers)
+        after = footprint(model, layers)
+        staging.reserve(after.total_bytes)
+    else:
+        calibration = _calibrate(job, model, staging.work)
+        statistics = calibration.statistics
+        plan = make_plan(job, model, layers, calibration)
+        after = predict_footprint(model, plan)
+        staging.reserve(after.total_bytes)
+        step(f"From {sum(p.num_experts for p in plan.layers)} experts to {plan.actual_experts}")
+        merging = apply_plan(model, plan, samples=calibration.samples, progress=is_interactive())
+        del calibration
     step("Writing the checkpoint and reading it back")
     form = save_checkpoint(model, output, max_shard_size=options.max_shard_size)
     carry_over(job.source.folder, output)
     plan.save(output / PLAN_FILE)
     statistics.save(output)
     reloaded, difference = verify_reload(model, output, job.texts.held_out)
-    del model, layers, calibration  # room for the original
+    del model, layers  # room for the original
     source_bytes, written = tensor_bytes(job.source.folder), tensor_bytes(output)
     sizes = {"source": source_bytes, "loaded": before.total_bytes, "written": written}
     finished = Run(

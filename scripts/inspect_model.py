@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..compress.dendrogram import layer_tree
 from ..compress.figures import group_dendrogram, load_heatmap
 from ..compress.plan_file import write_atomically
+from ..compress.protection import super_experts
 from ..compress.report_content import LayerReport
 from ..moe.data import check_tokenizer, token_blocks
 from ..moe.discovery import expert_layers
@@ -18,7 +19,7 @@ from ..moe.figure_style import figure_png
 from ..moe.footprint import PARTS, expert_bytes, footprint
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import LayerStatistics, RoutingStatistics
-from .calibrate import check_token_ids, outlier_experts, record, sequence_length
+from .calibrate import check_token_ids, record, sequence_length
 from .console import is_interactive, show, step
 from .inspect_tables import model_tables, routing_table
 from .load import ModelSource, load_model, load_tokenizer, open_source, skeleton
@@ -131,7 +132,7 @@ def _describe_layer(layer: ExpertLayer, weights: bool) -> dict[str, Any]:
 
 def describe_routing(statistics: RoutingStatistics, min_tokens: int) -> list[dict[str, Any]]:
     """How each layer routed, as plain data."""
-    super_experts = outlier_experts(statistics)
+    outliers = super_experts(statistics)
     rows = []
     for name, layer in statistics.layers.items():
         load_E = layer.usage * layer.num_experts
@@ -147,7 +148,7 @@ def describe_routing(statistics: RoutingStatistics, min_tokens: int) -> list[dic
                 "usage": layer.usage.tolist(),
                 "dead": layer.dead,
                 "too_few": [e for e in layer.too_few(min_tokens) if e not in layer.dead],
-                "super_experts": super_experts.get(name, []),
+                "super_experts": outliers.get(name, []),
                 "router_entropy": layer.entropy,
                 "load_entropy": layer.load_entropy,
                 "strongest_pair": _strongest_pair(layer),

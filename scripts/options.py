@@ -11,6 +11,9 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 # Without a hint of their own, options that may be left out would be shown as "{None}|PATH (default: None)".
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
+Method = Literal[
+    "m-smoe", "hc-smoe", "ream", "reap", "frequency", "routing-weight", "ean", "man", "aimer", "random"
+]
 OptionalText = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
@@ -81,17 +84,27 @@ class CompressOptions(CommonOptions):
     """Carry out this plan, perhaps edited, instead of making one; what it settles is no longer to be said."""
     plan_only: bool = False
     """Make and show the plan, and stop."""
-    method: Literal["m-smoe", "frequency"] = "m-smoe"
-    """m-smoe merges groups of experts; frequency keeps the most used and drops the others."""
-    grouping: Literal["auto", "adaptive", "uniform", "random"] = "auto"
-    """How many experts each layer keeps. auto: adaptive for m-smoe in the moekit form, else uniform."""
+    method: Method = "m-smoe"
+    """m-smoe, hc-smoe and ream merge groups of experts; the others keep the experts of the highest score and
+    drop the rest. aimer and random need no data. See docs/compress.md."""
+    grouping: Literal["auto", "adaptive", "uniform", "sensitivity", "random"] = "auto"
+    """How many experts each layer keeps. auto: adaptive for m-smoe in the moekit form, else uniform.
+    sensitivity: more where cutting a layer alone is seen to hurt more."""
+    layer_experts: Integers = ()
+    """Experts to keep in each MoE layer, one number each, instead of --experts."""
+    protect: Switch = True
+    """With --no-protect: super experts, whose outputs dwarf all others, are dropped and merged like any."""
     similarity: Literal["auto", "router-logits", "weights", "outputs"] = "auto"
     """Which experts count as alike: router-logits unless said otherwise."""
     weighting: Literal["auto", "frequency", "equal"] = "auto"
     """What the members of a group weigh: their use (frequency) unless said otherwise."""
-    alignment: Literal["auto", "weights", "activations", "none"] = "auto"
-    """How neurons are matched before experts are added: by their weights unless said otherwise, by what they
-    do on a sample of the calibration tokens (activations), or not at all (none)."""
+    alignment: Literal["auto", "weights", "activations", "both", "none"] = "auto"
+    """How neurons are matched before experts are added: by their weights, by what they do on a sample of the
+    calibration tokens (activations), by both, or not at all (none). auto: weights for m-smoe, both for ream,
+    none for hc-smoe."""
+    sequential: Literal["auto", "on", "off"] = "auto"
+    """Plan each layer behind those that are compressed already, not all from the original; auto: on for ream.
+    Costs a part of a forward pass for each layer."""
     reference: Literal["auto", "dominant", "first"] = "auto"
     """Whose neuron order they take: the most used expert's (dominant) unless said otherwise."""
     router: Literal["auto", "redirect", "slice", "mean", "logsumexp"] = "auto"

@@ -10,21 +10,31 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..compress.budget import share_experts
-from ..compress.methods import METHODS
+from ..compress.methods import METHODS, SEQUENTIAL
 from ..compress.plan import FORMAT as PLAN_FORMAT
 from ..compress.plan import CompressionPlan, check_form
+from ..compress.scores import NEEDS_NO_DATA
 from ..moe.data import check_tokenizer
 from ..moe.discovery import expert_layers
-from .calibrate import Texts, check_token_ids, even_statistics, read_texts, sequence_length
+from .calibrate import (
+    NO_DATA,
+    Texts,
+    check_token_ids,
+    even_statistics,
+    probe_texts,
+    read_texts,
+    sequence_length,
+)
 from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
 from .options import CompressOptions
+from .sequential import check_sequential
 from .staging import check_output
 
 SAMPLE_FILE = "sample.jsonl"
 """Text that the bundled model was not trained on."""
 PLAN_FILE = "plan.json"
 METHOD_OPTIONS = ("grouping", "similarity", "weighting", "alignment", "reference", "router")
-PLANNED = ("method", "form", *METHOD_OPTIONS, "exclude_layers")
+PLANNED = ("method", "form", *METHOD_OPTIONS, "exclude_layers", "protect", "sequential")
 """Options that a plan has settled."""
 MAX_SEED = 2**63 - 1
 SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
@@ -57,25 +67,33 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
     layers = expert_layers(model)
     plan = None if options.plan is None else CompressionPlan.load(options.plan)
     if plan is None:
-        sizes = {"experts": options.experts, "ratio": options.ratio, "exclude_layers": options.exclude_layers}
-        share_experts(layers, even_statistics(layers), **sizes)  # pyright: ignore[reportArgumentType]
+        share_experts(layers, even_statistics(layers), **budget_options(options))
         planner_options(options)
     elif plan.router != "logsumexp":  # whether a router allows that is seen only with its weights
         plan.validate_against(layers)
-    data = bundled_data(source) if options.data is None else options.data
     tokenizer = load_tokenizer(source)
     check_tokenizer(tokenizer, source.config)
-    texts = read_texts(
-        data,
-        tokenizer,
-        seq_len=sequence_length(options.seq_len, source.config),
-        calibration_tokens=options.calibration_tokens,
-        eval_tokens=options.eval_tokens,
-        seed=options.seed,
-    )
+    if _does_without_data(options):
+        data, texts = NO_DATA, probe_texts(model)
+    else:
+        data = bundled_data(source) if options.data is None else options.data
+        texts = read_texts(
+            data,
+            tokenizer,
+            seq_len=sequence_length(options.seq_len, source.config),
+            calibration_tokens=options.calibration_tokens,
+            eval_tokens=options.eval_tokens,
+            seed=options.seed,
+        )
     for blocks in (texts.calibration, texts.held_out):
         check_token_ids(blocks, model)
     return Job(options=options, source=source, tokenizer=tokenizer, data=data, texts=texts, plan=plan)
+
+
+def _does_without_data(options: CompressOptions) -> bool:
+    """Whether nothing that is asked for reads any text."""
+    reads_use = options.grouping in ("adaptive", "sensitivity") or options.plan is not None
+    return options.data is None and options.method in NEEDS_NO_DATA and not options.report and not reads_use
 
 
 def _check_options(options: CompressOptions, *, replace: bool) -> None:
@@ -88,10 +106,11 @@ def _check_options(options: CompressOptions, *, replace: bool) -> None:
         _check_plan_output(options.out)
     elif options.out is not None:
         check_output(options.out, replace=replace)
-    given = [flag for flag in ("experts", "ratio", "plan") if getattr(options, flag) is not None]
+    flags = ("experts", "ratio", "layer_experts", "plan")
+    given = [flag.replace("_", "-") for flag in flags if getattr(options, flag) not in (None, ())]
     if len(given) != 1:
         said = "none of them" if not given else " and ".join(f"--{flag}" for flag in given)
-        raise ValueError(f"give one of --experts, --ratio and --plan, got {said}")
+        raise ValueError(f"give one of --experts, --ratio, --layer-experts and --plan, got {said}")
     if options.plan is not None and options.plan_only:
         raise ValueError("--plan carries out a plan and --plan-only makes one; give either")
     _check_planned(options)
@@ -133,6 +152,8 @@ def _check_planned(options: CompressOptions) -> None:
         if said:
             flags = ", ".join("--" + name.replace("_", "-") for name in said)
             raise ValueError(f"--plan has settled {flags}; leave that out, or edit the plan")
+    elif is_sequential(options):
+        check_sequential(options.grouping, options.exclude_layers, options.layer_experts)
     elif options.form == "stock" and options.exclude_layers:
         raise ValueError(
             "--form stock has one number of experts for all layers, so --exclude-layers cannot be; leave it "
@@ -178,9 +199,26 @@ def planner_options(options: CompressOptions) -> dict[str, Any]:
         said = {name: value for name, value in _STOCK.items() if name in known} | said
     if "router" in said:
         check_form(options.form, said["router"])
-    common = {"experts": options.experts, "ratio": options.ratio, "exclude_layers": options.exclude_layers}
-    seed = {"seed": options.seed} if "seed" in known else {}
-    return {**common, "form": options.form, **seed, **said}
+    return {
+        **budget_options(options),
+        "form": options.form,
+        "seed": options.seed,
+        "protect": options.protect,
+        **said,
+    }
+
+
+def is_sequential(options: CompressOptions) -> bool:
+    """Whether each layer is planned behind those that are compressed already."""
+    if options.plan is not None or options.sequential == "off":
+        return False
+    return options.sequential == "on" or options.method in SEQUENTIAL
+
+
+def budget_options(options: CompressOptions) -> dict[str, Any]:
+    """How many experts each layer is to keep, as `share_experts` is asked."""
+    given = {"experts": options.experts, "ratio": options.ratio, "exclude_layers": options.exclude_layers}
+    return given | ({"layer_experts": options.layer_experts} if options.layer_experts else {})
 
 
 def bundled_folder() -> Path:

@@ -10,10 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from ..compress.plan import CompressionPlan
+from ..compress.protection import super_experts
 from ..compress.report_content import Comparison, DomainRow, LayerReport, ReportContent, verdict
 from ..moe.footprint import PARTS, Footprint
 from ..moe.statistics import RoutingStatistics
-from .calibrate import outlier_experts
 from .console import megabytes, millions, table
 from .measure import Measurements
 from .options import CompressOptions, command_line
@@ -89,10 +89,10 @@ def find_warnings(
             f"{few} of {total} experts were chosen by fewer than {MIN_TOKENS} calibration tokens, too few to "
             "judge them by; give more data or more --calibration-tokens"
         )
-    super_experts = outlier_experts(statistics)
+    outliers = super_experts(statistics)
     for layer in plan.layers:
         alone = {group.experts[0] for group in layer.groups if len(group.experts) == 1}
-        if lost := [e for e in super_experts.get(layer.name, []) if e not in alone]:
+        if lost := [e for e in outliers.get(layer.name, []) if e not in alone]:
             found.append(
                 f"experts {lost} of layer {layer.name!r} have outputs that dwarf all others (super experts), "
                 "and the plan merges or removes them; that may ruin the model"

@@ -229,7 +229,7 @@ def test_wrong_numbers_are_refused(options, message: str) -> None:
         ({"form": "stock", "grouping": "uniform"}, "router='redirect' keeps a row for every expert"),
         ({"form": "onnx"}, "form='onnx' is not one of"),
         ({"router": "x"}, "router='x' is not one of"),
-        ({"grouping": "x"}, "grouping='x' is not one of adaptive, uniform, random"),
+        ({"grouping": "x"}, "grouping='x' is not one of adaptive, uniform, sensitivity, random"),
         ({"similarity": "x"}, "similarity='x' is not one of router-logits, weights, outputs"),
         ({"weighting": "x"}, "weighting='x' is not one of frequency, equal"),
         ({"reference": "x"}, "reference='x' is not one of dominant, first"),

@@ -200,7 +200,7 @@ REFUSED_TEXTS = {
     "stock redirect": (setting("form", "stock"), "router='redirect' keeps a row for every expert"),
     "alignment": (
         setting("alignment.method", "x"),
-        "alignment method 'x' is not one of weights, activations, none",
+        "alignment method 'x' is not one of weights, activations, both, none",
     ),
     "format": (setting("format", "other"), "'format' must be 'moekit.plan'"),
     "version": (setting("version", 2), "its version is 2; this moekit reads 1"),

@@ -15,9 +15,10 @@ from moekit.compress.plan import AlignmentRule, CompressionPlan, ModelIdentity
 from moekit.moe import expert_layers
 from moekit.scripts import cli, staging
 from moekit.scripts.checkpoint_files import tensor_bytes
-from moekit.scripts.compress import carry_over, planner_options
+from moekit.scripts.compress import carry_over
 from moekit.scripts.load import load_model
 from moekit.scripts.options import CompressOptions
+from moekit.scripts.prepare import planner_options
 from moekit.scripts.staging import partial_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -357,7 +358,7 @@ def test_what_the_user_leaves_open_follows_the_form():
     stock = CompressOptions(model="m", ratio=0.5, form="stock", similarity="outputs")
     chosen = {key: planner_options(stock)[key] for key in ("router", "grouping", "similarity")}
     assert chosen == {"router": "slice", "grouping": "uniform", "similarity": "outputs"}
-    assert "seed" not in planner_options(CompressOptions(model="m", ratio=0.5, method="frequency"))
+    assert "score" not in planner_options(CompressOptions(model="m", ratio=0.5, method="frequency"))
 
 
 def kill_when(arguments: list[str], out: Path, pattern: str) -> None:

@@ -1,0 +1,99 @@
+"""How `moekit compress` comes by its plan: the user's, a planner's, or layer by layer."""
+
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..compress.m_smoe import plan_m_smoe
+from ..compress.methods import METHODS, NEEDS_SAMPLES
+from ..compress.plan import NEEDS_SAMPLES as ALIGNS_BY_SAMPLES
+from ..compress.plan import CompressionPlan
+from ..moe.layer import ExpertLayer
+from ..moe.statistics import RoutingStatistics
+from .calibrate import Calibration, even_statistics
+from .console import is_interactive, step
+from .options import CompressOptions
+from .prepare import Job, budget_options, planner_options
+from .sensitivity import layer_sensitivities
+from .sequential import compress_in_sequence
+
+
+def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
+    """Ask the routers, before anything is measured, whether they can do what is asked for.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    even, said = even_statistics(layers), planner_options(options)
+    said.pop("similarity", None)  # all of a layer's weights, for "weights": too much for a trial
+    if options.grouping == "sensitivity":
+        said["sensitivities"] = [1.0] * len(layers)
+    if options.method not in NEEDS_SAMPLES:
+        METHODS[options.method](layers, even, **said)
+        return
+    # Without tokens to compare experts on, a merge of the same size behind the same router.
+    router = said.get("router", "slice" if options.method == "ream" else "redirect")
+    sizes = budget_options(options) | {"sensitivities": said.get("sensitivities", ())}
+    plan_m_smoe(layers, even, grouping="uniform", router=router, form=options.form, **sizes)
+
+
+def needs_samples(job: Job) -> bool:
+    """Whether planner or alignment read what the experts read."""
+    if job.plan is not None:
+        return job.plan.alignment.method in ALIGNS_BY_SAMPLES
+    options = job.options
+    return options.method in NEEDS_SAMPLES or options.alignment in ALIGNS_BY_SAMPLES
+
+
+def make_plan(
+    job: Job, model: PreTrainedModel, layers: list[ExpertLayer], calibration: Calibration
+) -> CompressionPlan:
+    """The user's plan, or a new one."""
+    if job.plan is not None:
+        return job.plan
+    said = planner_options(job.options)
+    if job.options.grouping == "sensitivity":
+        step(f"Measuring what {len(layers)} layers suffer from being cut alone")
+        said["sensitivities"] = layer_sensitivities(
+            model,
+            layers,
+            job.texts.calibration,
+            partial(_planned, job, calibration, **(said | {"grouping": "uniform", "exclude_layers": ()})),
+            batch_size=job.options.batch_size,
+            samples=calibration.samples,
+            progress=is_interactive(),
+        )
+    return _planned(job, calibration, layers, **said)
+
+
+def _planned(job: Job, calibration: Calibration, layers: list[ExpertLayer], **said: Any) -> CompressionPlan:
+    """Of these layers, by the chosen method."""
+    if job.options.method in NEEDS_SAMPLES:
+        said["samples"] = calibration.samples
+    known = calibration.statistics
+    part = {layer.name: known.layers[layer.name] for layer in layers if layer.name in known.layers}
+    statistics = RoutingStatistics(layers=part, fingerprint=dict(known.fingerprint))
+    return METHODS[job.options.method](layers, statistics, **said)
+
+
+def plan_in_sequence(
+    job: Job, model: PreTrainedModel, layers: list[ExpertLayer]
+) -> tuple[CompressionPlan, RoutingStatistics, dict[str, dict[str, Any]]]:
+    """Plan and change the layers one after another."""
+    blocks, said = job.texts.calibration, planner_options(job.options)
+    step(f"Recording {blocks.num_tokens:,} tokens, merging and going on, layer by layer")
+
+    def plan_layers(part: list[ExpertLayer], known: RoutingStatistics, samples: Any) -> CompressionPlan:
+        given = {"samples": samples} if job.options.method in NEEDS_SAMPLES else {}
+        return METHODS[job.options.method](part, known, **said, **given)
+
+    return compress_in_sequence(
+        model,
+        layers,
+        blocks,
+        plan_layers,
+        batch_size=job.options.batch_size,
+        sample_inputs=needs_samples(job),
+        progress=is_interactive(),
+    )

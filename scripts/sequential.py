@@ -1,0 +1,136 @@
+"""Plan a model layer by layer, each behind the layers that are compressed already."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..compress.apply import apply_layer, check_finite
+from ..compress.plan import CompressionPlan, ModelIdentity
+from ..moe.checkpoint import update_expert_count
+from ..moe.data import TokenBlocks
+from ..moe.evaluating import evaluating
+from ..moe.layer import ExpertLayer
+from ..moe.recording import record_routing
+from ..moe.samples import InputSamples, record_inputs
+from ..moe.statistics import RoutingStatistics
+from .calibrate import model_inputs
+
+PlanLayers = Callable[..., CompressionPlan]
+"""From layers, statistics and samples to a plan of these layers."""
+
+
+class _ReachedError(Exception):
+    """Leaves a forward behind the layer that is being recorded."""
+
+
+def compress_in_sequence(
+    model: PreTrainedModel,
+    layers: list[ExpertLayer],
+    blocks: TokenBlocks,
+    plan_layers: PlanLayers,
+    *,
+    batch_size: int,
+    sample_inputs: bool,
+    progress: bool,
+) -> tuple[CompressionPlan, RoutingStatistics, dict[str, dict[str, Any]]]:
+    """Record, plan and change one MoE layer after another.
+
+    The text runs through the model once for each layer, up to that layer; so a model of L layers costs about
+    half of L + 1 forward passes.
+
+    Args:
+        model: Changed in place.
+        layers: Its MoE layers, in the order of the forward.
+        blocks: Calibration text.
+        plan_layers: The planner, with its options; called with one layer at a time.
+        batch_size: Blocks at a time.
+        sample_inputs: Whether plan or alignment need samples.
+        progress: Show a progress bar.
+
+    Returns:
+        The plan of all layers, which `apply_plan` would carry out on the original; the statistics that it was
+        made of; and what `apply_plan` reports.
+
+    Raises:
+        ValueError: As the planner does, and if the layers would not all be planned alike.
+    """
+    identity, plans, report = ModelIdentity.of(layers), [], {}
+    statistics = RoutingStatistics(fingerprint={"data": blocks.fingerprint})
+    for layer in tqdm(layers, desc="layer by layer", unit="layer", disable=not progress):
+        samples = InputSamples() if sample_inputs else None
+        known = _record_layer(model, layer, blocks, batch_size, samples)
+        if not known.layers:
+            raise ValueError(
+                f"layer {layer.name!r} saw no token; with --sequential off such a layer stays as it is"
+            )
+        statistics.layers |= known.layers
+        check_finite(layer)
+        plans.append(plan_layers([layer], known, samples))
+        report[layer.name] = apply_layer(layer, plans[-1].layers[0], plans[-1], samples)
+    plan = joined_plan(plans, identity)
+    if plan.form == "stock":
+        update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)
+    return plan, statistics, report
+
+
+def joined_plan(plans: list[CompressionPlan], identity: ModelIdentity) -> CompressionPlan:
+    """One plan of the plans of single layers.
+
+    Args:
+        plans: Of the layers, in order.
+        identity: Of the model before any of them was carried out.
+    """
+    first = plans[0]
+    return CompressionPlan(
+        model=identity,
+        method=first.method,
+        form=first.form,
+        router=first.router,
+        alignment=first.alignment,
+        layers=tuple(plan.layers[0] for plan in plans),
+        requested_experts=sum(plan.requested_experts for plan in plans),
+        settings={**first.settings, "sequential": True},
+        notes=tuple(note for plan in plans for note in plan.notes),
+    )
+
+
+def _record_layer(
+    model: PreTrainedModel,
+    layer: ExpertLayer,
+    blocks: TokenBlocks,
+    batch_size: int,
+    samples: InputSamples | None,
+) -> RoutingStatistics:
+    """What one layer does with the text; what is behind it does not run."""
+
+    def stop(*_: Any) -> None:
+        raise _ReachedError
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        statistics = stack.enter_context(record_routing(model, [layer]))
+        if samples is not None:
+            stack.enter_context(record_inputs(model, [layer], samples=samples))
+        stack.callback(layer.block.register_forward_hook(stop).remove)
+        for batch in blocks.batches(batch_size):
+            try:
+                model(**model_inputs(model, batch))
+            except _ReachedError:
+                continue
+    return statistics
+
+
+def check_sequential(grouping: str, exclude_layers: tuple[int, ...], layer_experts: tuple[int, ...]) -> None:
+    """Refuse what needs to know all layers before the first is planned.
+
+    Raises:
+        ValueError: Another budget than uniform, or layers that stay as they are.
+    """
+    if grouping not in ("auto", "uniform") or exclude_layers or layer_experts:
+        raise ValueError(
+            "--sequential on plans a layer before the next is known, so all keep the same number: leave "
+            "--grouping, --exclude-layers and --layer-experts out, or say --sequential off"
+        )

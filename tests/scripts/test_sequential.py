@@ -1,0 +1,151 @@
+"""Planning layer by layer, and what a layer suffers alone."""
+
+import pytest
+import torch
+from moekit.compress import METHODS, CompressionPlan, apply_plan
+from moekit.moe import expert_layers
+from moekit.moe.data import TokenBlocks
+from moekit.moe.statistics import RoutingStatistics
+from moekit.scripts import cli
+from moekit.scripts.calibrate import record
+from moekit.scripts.sensitivity import layer_sensitivities
+from moekit.scripts.sequential import compress_in_sequence
+from safetensors.torch import load_file
+
+from ..moe.samples import fresh
+from .tiny_checkpoints import TEXT_OPTIONS
+
+
+def blocks_for(model, count=6, length=16):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (count, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 :] = 0
+    return TokenBlocks(ids, mask, ("x",) * count)
+
+
+def in_sequence(model, method, experts, *, sample=False, **options):
+    layers = expert_layers(model)
+
+    def plan_layers(part, known, samples):
+        given = {"samples": samples} if sample else {}
+        return METHODS[method](part, known, experts=experts, **options, **given)
+
+    blocks = blocks_for(model)
+    return compress_in_sequence(
+        model, layers, blocks, plan_layers, batch_size=2, sample_inputs=sample, progress=False
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_a_sequential_plan_carried_out_on_the_original_gives_the_same_model(family):
+    model = fresh(family)
+    plan, statistics, report = in_sequence(model, "reap", 4)
+    assert plan.settings["sequential"]
+    assert set(report) == set(statistics.layers) == {layer.name for layer in plan.layers}
+    again = fresh(family)
+    apply_plan(again, CompressionPlan.from_json(plan.to_json()))
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_the_first_layer_sees_the_original_and_later_ones_what_was_cut():
+    model = fresh("qwen3_moe")
+    blocks = blocks_for(model)
+    whole = record(model, expert_layers(model), blocks, 2)
+    _, statistics, _ = in_sequence(model, "reap", 2)
+    names = list(whole.layers)
+    assert torch.equal(statistics.layers[names[0]].counts, whole.layers[names[0]].counts)
+    assert not torch.equal(statistics.layers[names[2]].logit_gram, whole.layers[names[2]].logit_gram)
+
+
+def test_all_experts_kept_is_the_plan_that_is_not_sequential():
+    model = fresh("qwen3_moe")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan, _, _ = in_sequence(model, "ream", 8, sample=True)
+    assert all(layer.is_identity for layer in plan.layers)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_sensitivities_are_those_of_single_cuts_and_leave_the_model():
+    model = fresh("qwen3_moe")
+    layers, blocks = expert_layers(model), blocks_for(model)
+    table = record(model, layers, blocks, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def planner(part):
+        known = RoutingStatistics(layers={layer.name: table.layers[layer.name] for layer in part})
+        return METHODS["reap"](part, known, experts=2)
+
+    found = layer_sensitivities(model, layers, blocks, planner, batch_size=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    mask = blocks.attention_mask.bool()
+    with torch.no_grad():
+        base = model(input_ids=blocks.input_ids, attention_mask=blocks.attention_mask).logits[mask]
+    for number, layer in enumerate(layers):
+        cut = fresh("qwen3_moe")
+        others = [other for other in range(3) if other != number]
+        plan = METHODS["reap"](expert_layers(cut), table, experts=2, exclude_layers=others)
+        apply_plan(cut, plan)
+        with torch.no_grad():
+            after = cut(input_ids=blocks.input_ids, attention_mask=blocks.attention_mask).logits[mask]
+        kl = (base.softmax(-1) * (base.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean()
+        assert found[number] == pytest.approx(float(kl), rel=1e-3), layer.name
+    assert min(found) > 0
+
+
+def run(checkpoint, data, out, *words):
+    given = ["--data", str(data)] if data else []
+    return cli.main(
+        ["compress", str(checkpoint), *given, *TEXT_OPTIONS, "--no-report", "--out", str(out), *words]
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--method", "ream", "--experts", "4"),
+        ("--method", "hc-smoe", "--experts", "4"),
+        ("--method", "hc-smoe", "--experts", "4", "--form", "stock"),
+        ("--method", "reap", "--experts", "4", "--sequential", "on", "--form", "stock"),
+        ("--method", "reap", "--experts", "4", "--grouping", "sensitivity"),
+        ("--method", "hc-smoe", "--experts", "4", "--grouping", "sensitivity"),
+        ("--method", "man", "--layer-experts", "8", "4"),
+    ],
+    ids=" ".join,
+)
+def test_commands(checkpoint, data, tmp_path, words):
+    assert run(checkpoint, data, tmp_path / "out", *words) == 0
+    plan = CompressionPlan.load(tmp_path / "out" / "plan.json")
+    assert plan.method == words[1]
+    # Its own plan gives the same weights again.
+    if "ream" in words:
+        return  # its samples come through layers that are merged already
+    assert run(checkpoint, data, tmp_path / "again", "--plan", str(tmp_path / "out" / "plan.json")) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_method_that_reads_no_data_needs_none(checkpoint, tmp_path, capsys):
+    assert run(checkpoint, None, tmp_path / "out", "--method", "aimer", "--experts", "4") == 0
+    assert run(checkpoint, None, tmp_path / "other", "--method", "reap", "--experts", "4") == 2
+    assert "--data is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--method", "ream", "--experts", "4", "--grouping", "adaptive"),
+            "--sequential on plans a layer before",
+        ),
+        (("--method", "ream", "--layer-experts", "4", "4"), "--sequential on plans a layer before"),
+        (("--experts", "4", "--layer-experts", "4", "4"), "give one of --experts, --ratio, --layer-experts"),
+        (("--method", "reap", "--experts", "4", "--similarity", "outputs"), "--similarity does not apply"),
+    ],
+)
+def test_what_cannot_be(checkpoint, data, tmp_path, capsys, words, message):
+    assert run(checkpoint, data, tmp_path / "out", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

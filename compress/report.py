@@ -114,6 +114,7 @@ def report_dict(content: ReportContent, trees: Sequence[Tree | None] | None = No
     plain["domains"] = [_domain_dict(row) for row in content.domains]
     plain["generation"] = [asdict(row) for row in content.generation]
     plain["throughput"] = [asdict(row) for row in content.throughput]
+    plain["healing"] = [asdict(row) for row in content.healing]
     return _json_ready(plain)
 
 

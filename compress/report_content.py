@@ -156,6 +156,16 @@ class Comparison:
     """False for what should be small, such as the share of loops."""
 
 
+@dataclass(frozen=True, slots=True)
+class HealingRow:
+    """One measure of the original, of the compressed model, and of that once it was healed; as text."""
+
+    name: str
+    original: str
+    one_shot: str
+    healed: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportContent:
     """Everything that a compression report shows; what was not measured stays empty, and it says so."""
@@ -198,6 +208,8 @@ class ReportContent:
     """Loops, answer accuracy and whatever else was measured on generated text."""
     throughput: Sequence[Comparison] = ()
     """Speed, for instance prefill and decoding in tokens/s."""
+    healing: Sequence[HealingRow] = ()
+    """What healing has done; empty if there was none."""
     warnings: Sequence[str] = ()
     """What the reader must know before trusting the model; plain text."""
     settings: Mapping[str, str] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from ..moe.html_page import (
 )
 from .dendrogram import Tree, colour_indices, layer_svg, leaf_order
 from .figures import fidelity_bars, load_heatmap, size_bars
-from .report_content import Comparison, DomainRow, Interval, LayerReport, ReportContent, verdict
+from .report_content import Comparison, DomainRow, HealingRow, Interval, LayerReport, ReportContent, verdict
 
 _OPEN_LAYERS = 4  # up to this many layers are shown unfolded
 
@@ -37,6 +37,7 @@ def report_html(content: ReportContent, trees: Sequence[Tree | None]) -> str:
         section("Verdict", f"<p>{text(verdict(content))}</p>", "verdict"),
         warning_list(content.warnings),
         _cards(content),
+        _healing(content.healing),
         section("What was lost, by domain", _fidelity(content)),
         section("Generated text and speed", _comparisons([*content.generation, *content.throughput])),
         section("Size by part", _sizes(content)),
@@ -120,6 +121,15 @@ def _domain(row: DomainRow, css_class: str = "") -> str:
         _with_interval(row.top1_agreement, row.top1_agreement_interval, "{:.1%}"),
     )
     return table_row(cells, css_class)
+
+
+def _healing(rows: Sequence[HealingRow]) -> str:
+    if not rows:
+        return ""
+    cells = [(text(row.name), text(row.original), text(row.one_shot), text(row.healed)) for row in rows]
+    remark = note("All other sections show the healed model.")
+    head = ("Measure", "Original", "One-shot", "Healed")
+    return section("What healing has done", table(head, map(table_row, cells)) + remark)
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> str:

@@ -18,6 +18,7 @@ from ..moe.layer import ExpertLayer
 from .calibrate import Calibration, calibrate
 from .checkpoint_files import tensor_bytes
 from .console import is_interactive, show, step, warn
+from .heal import heal
 from .load import load_model
 from .measure import Measurements, measure
 from .options import CompressOptions
@@ -159,6 +160,11 @@ def _compress(job: Job, staging: Staging) -> Run:
         step(f"From {sum(p.num_experts for p in plan.layers)} experts to {plan.actual_experts}")
         merging = apply_plan(model, plan, samples=calibration.samples, progress=is_interactive())
         del calibration
+    one_shot, healing = None, None
+    if options.heal != "none":
+        one_shot = _measure(job, model) if options.report else None
+        step(f"Healing: {options.heal}, on {job.texts.calibration.num_tokens:,} tokens")
+        healing = heal(job, model, staging.work / "healing")
     step("Writing the checkpoint and reading it back")
     form = save_checkpoint(model, output, max_shard_size=options.max_shard_size)
     carry_over(job.source.folder, output)
@@ -181,6 +187,8 @@ def _compress(job: Job, staging: Staging) -> Run:
         merging=merging,
         reload_difference=difference,
         measured=_measure(job, reloaded) if options.report else None,
+        one_shot=one_shot,
+        healing=healing,
         data=job.data,
         warnings=find_warnings(plan, statistics, foretold=after.total_bytes, written=written)
         + size_warnings(**sizes, dtypes=_dtypes(job, reloaded)),

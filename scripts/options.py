@@ -109,6 +109,13 @@ class CompressOptions(CommonOptions):
     """Whose neuron order they take: the most used expert's (dominant) unless said otherwise."""
     router: Literal["auto", "redirect", "slice", "mean", "logsumexp"] = "auto"
     """What becomes of the routers. auto: redirect for m-smoe in the moekit form, else slice."""
+    heal: Literal["none", "router", "kd"] = "none"
+    """Let the result learn from the original on the calibration text. router: its routers alone, by KL
+    (cheap). kd: all weights, by the text and 0.2 KL at temperature 2."""
+    heal_steps: OptionalInt = None
+    """Optimizer steps of that, of --batch-size sequences; one pass through the text unless said otherwise."""
+    heal_learning_rate: OptionalNumber = None
+    """Largest of that; 5e-5 unless said otherwise."""
     form: Literal["moekit", "stock"] = "moekit"
     """moekit holds any plan exactly and loads after `import moekit.moe`; stock loads without moekit."""
     exclude_layers: Integers = ()

@@ -25,6 +25,7 @@ from .calibrate import (
     read_texts,
     sequence_length,
 )
+from .healing import check_healing
 from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
 from .options import CompressOptions
 from .sequential import check_sequential
@@ -63,6 +64,7 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
     """
     _check_options(options, replace=replace)
     source = open_source(options.model)
+    check_healing(options, is_encoder_decoder=source.config.is_encoder_decoder)
     model = skeleton(source)
     layers = expert_layers(model)
     plan = None if options.plan is None else CompressionPlan.load(options.plan)
@@ -93,7 +95,8 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
 def _does_without_data(options: CompressOptions) -> bool:
     """Whether nothing that is asked for reads any text."""
     reads_use = options.grouping in ("adaptive", "sensitivity") or options.plan is not None
-    return options.data is None and options.method in NEEDS_NO_DATA and not options.report and not reads_use
+    is_judged = options.report or options.heal != "none" or options.data is not None
+    return options.method in NEEDS_NO_DATA and not (reads_use or is_judged)
 
 
 def _check_options(options: CompressOptions, *, replace: bool) -> None:

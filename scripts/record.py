@@ -11,10 +11,18 @@ from rich.table import Table
 
 from ..compress.plan import CompressionPlan
 from ..compress.protection import super_experts
-from ..compress.report_content import Comparison, DomainRow, LayerReport, ReportContent, verdict
+from ..compress.report_content import (
+    Comparison,
+    DomainRow,
+    HealingRow,
+    LayerReport,
+    ReportContent,
+    verdict,
+)
 from ..moe.footprint import PARTS, Footprint
 from ..moe.statistics import RoutingStatistics
 from .console import megabytes, millions, table
+from .healing import Healing
 from .measure import Measurements
 from .options import CompressOptions, command_line
 
@@ -48,6 +56,9 @@ class Run:
     reload_difference: float
     """Largest relative difference of logits between the model in memory and the one read back."""
     measured: Measurements | None
+    one_shot: Measurements | None
+    """Of the compressed model before it was healed, if it was."""
+    healing: Healing | None
     data: str
     warnings: tuple[str, ...]
 
@@ -175,6 +186,7 @@ def report_content(run: Run) -> ReportContent:
         throughput=() if measured is None else measured.throughput,
         warnings=run.warnings,
         settings=_settings(run),
+        healing=[] if run.one_shot is None else [HealingRow(*row) for row in fidelity_rows(run)],
     )
 
 
@@ -183,6 +195,8 @@ def _settings(run: Run) -> dict[str, str]:
     facts = {"data": run.data, "calibration tokens": f"{tokens:,}"}
     facts |= {key: str(value) for key, value in run.plan.settings.items() if value not in (None, [], "")}
     facts["alignment"] = run.plan.alignment.method
+    if run.healing is not None:
+        facts |= {f"healing, {name}": str(value) for name, value in run.healing.to_dict().items()}
     facts["largest relative difference of logits after reloading"] = f"{run.reload_difference:.2g}"
     return facts
 
@@ -219,7 +233,9 @@ def write_run_file(run: Run, folder: Path) -> None:
             "reload_logit_difference": run.reload_difference,
             "merging": run.merging,
             **({} if run.measured is None else run.measured.to_dict()),
+            "one_shot": None if run.one_shot is None else run.one_shot.to_dict(),
         },
+        "healing": None if run.healing is None else {**run.healing.to_dict(), "history": run.healing.history},
         "warnings": list(run.warnings),
     }
     text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False)
@@ -239,7 +255,7 @@ def write_model_card(run: Run, folder: Path) -> None:
     """Write `README.md` as the hub shows it: what this is, what was lost, how to load it."""
     base = "" if Path(run.options.model).exists() else f"base_model: {run.options.model}\n"
     note = "import moekit.moe  # teaches transformers the moekit form\n" if run.form == "moekit" else ""
-    lines = [f"- {name}: {before} -> {after}" for name, before, after in summary_rows(run)]
+    lines = [f"- {name}: {' -> '.join(values)}" for name, *values in summary_rows(run)]
     content = report_content(run)
     warnings = "".join(f"- {warning}\n" for warning in run.warnings)
     card = f"""---
@@ -274,24 +290,36 @@ model = {run.model_class}.from_pretrained("path/or/hub-id")
     (folder / "README.md").write_text(card.replace("\n\n\n", "\n\n"), encoding="utf-8")
 
 
-def summary_rows(run: Run) -> list[tuple[str, str, str]]:
-    """The figures that matter most, each before and after."""
+def summary_rows(run: Run) -> list[tuple[str, ...]]:
+    """The figures that matter most: before, one-shot if it was healed and measured, and after."""
     before, after = run.before, run.after
-    rows = [
+    sizes = [
         ("experts in all layers", str(run.experts[0]), str(run.experts[1])),
         ("parameters", millions(before.total_parameters), millions(after.total_parameters)),
         ("weights on disk", megabytes(run.source_bytes), megabytes(run.written_bytes)),
     ]
-    if run.measured is None:
-        return rows
-    overall = run.measured.fidelity.overall
+    if run.one_shot is None:
+        return sizes + fidelity_rows(run)
+    return [(name, old, new, new) for name, old, new in sizes] + fidelity_rows(run)
+
+
+def fidelity_rows(run: Run) -> list[tuple[str, ...]]:
+    """What was measured, as in `summary_rows`; nothing if nothing was."""
+    stages = [_measured_rows(found) for found in (run.one_shot, run.measured) if found is not None]
+    if not stages:
+        return []
+    return [(*first[:2], *(stage[number][2] for stage in stages)) for number, first in enumerate(stages[0])]
+
+
+def _measured_rows(measured: Measurements) -> list[tuple[str, str, str]]:
+    overall = measured.fidelity.overall
     perplexities = (overall.perplexity_original.value, overall.perplexity_compressed.value)
-    rows += [
+    rows = [
         ("perplexity, held-out text", *(f"{value:.4g}" for value in perplexities)),
         ("KL to the original (nats/token)", "0", f"{overall.kl.value:.4f}"),
         ("same most likely next token", "100.0%", f"{overall.top1_agreement.value:.1%}"),
     ]
-    return rows + [_row(row) for row in (*run.measured.generation, *run.measured.throughput)]
+    return rows + [_row(row) for row in (*measured.generation, *measured.throughput)]
 
 
 def _row(row: Comparison) -> tuple[str, str, str]:
@@ -304,4 +332,5 @@ def _row(row: Comparison) -> tuple[str, str, str]:
 def summary_table(run: Run) -> Table:
     """The table that ends the command."""
     title = f"{short_name(run.options.model)}: before and after"
-    return table(title, ["", "before", "after"], summary_rows(run))
+    stages = ["before", "after"] if run.one_shot is None else ["before", "one-shot", "healed"]
+    return table(title, ["", *stages], summary_rows(run))

@@ -18,6 +18,7 @@ from ..moe.weights import ExpertWeights
 from .activation_matching import check_samples, match_activations
 from .alignment import Alignment, align_expert, permute_expert
 from .layer_plan import ExpertGroup, LayerPlan
+from .low_rank.factorise import factorise_layer
 from .merging import merge_experts
 from .plan import NEEDS_SAMPLES, CompressionPlan
 
@@ -41,13 +42,14 @@ def apply_plan(
         model: The model that the plan was made for.
         plan: What to do; may have been edited.
         samples: What the experts read, by ``record_inputs``; needed, and read, for the alignments
-            ``activations`` and ``both`` only.
+            ``activations`` and ``both``; low-rank experts are better with them.
         progress: Show a progress bar on standard error.
 
     Returns:
         For each layer ``experts_before``, ``experts_after``, ``aligned`` (members that were aligned), and
         their mean relative distance ``|W - W_ref| / |W_ref|`` to their reference, ``distance_before`` and
-        ``distance_after`` the alignment; ``None`` where none was aligned.
+        ``distance_after`` the alignment; ``None`` where none was aligned. For low-rank experts also
+        ``error_up`` and ``error_down``.
 
     Raises:
         ValueError: The plan or the samples do not fit the model, samples are missing, or the weights of a
@@ -95,6 +97,10 @@ def apply_layer(
             mix_router_rows(layer, [(g.experts, _unit_sum(g.weights), g.core) for g in layer_plan.groups])
         if plan.router in ("slice", "mean"):
             layer.remove_experts(layer_plan.cores)
+    errors = {}
+    if (rule := plan.low_rank) is not None:
+        sample = None if samples is None else samples.layers.get(layer.name)
+        errors = factorise_layer(layer, rule.rank, rule.sparse_rows, sample)
     before, after = zip(*distances, strict=True) if distances else ((), ())
     return {
         "experts_before": layer_plan.num_experts,
@@ -102,6 +108,7 @@ def apply_layer(
         "aligned": len(distances),
         "distance_before": sum(before) / len(before) if before else None,
         "distance_after": sum(after) / len(after) if after else None,
+        **errors,
     }
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "CompressionPlan",
     "ExpertGroup",
     "LayerPlan",
+    "LowRankRule",
     "ModelIdentity",
     "check_form",
     "check_unmerged",
@@ -95,6 +96,43 @@ class AlignmentRule:
             raise ValueError(f"alignment method {self.method!r} is not one of {', '.join(ALIGNMENTS)}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowRankRule:
+    """That the experts become ``U V + S`` after merging."""
+
+    rank: int
+    """R."""
+    sparse_rows: float = 0.0
+    """Share of the rows of each matrix that S holds, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no matrix has."""
+        if self.rank < 1:
+            raise ValueError(f"low-rank experts need a rank of at least 1, got {self.rank}")
+        if not 0 <= self.sparse_rows <= 1:
+            raise ValueError(f"sparse_rows={self.sparse_rows} is not a share in [0, 1]")
+
+
+def check_fits(rule: LowRankRule, layer: Layer) -> None:
+    """Refuse a rank that a layer's matrices do not have.
+
+    Raises:
+        ValueError: It is larger than their smaller side, or the experts are not fused.
+    """
+    expert = layer.experts()[0]
+    largest = min(expert.width, expert.hidden_size)
+    if rule.rank > largest:
+        raise ValueError(
+            f"rank {rule.rank} is larger than the smaller side of the experts' matrices in layer "
+            f"{layer.name!r}, {largest}; half of that already saves nothing"
+        )
+    if not hasattr(layer.experts_module, "has_gate"):
+        raise ValueError(
+            f"the experts of layer {layer.name!r} are not fused as transformers fuses them "
+            f"({type(layer.experts_module).__name__}), so they cannot become low-rank"
+        )
+
+
 def check_form(form: str, router: str) -> None:
     """Refuse a form of checkpoint and a router mode that do not go together.
 
@@ -145,6 +183,8 @@ class CompressionPlan:
     """What becomes of the routers, one of ``ROUTERS``."""
     alignment: AlignmentRule = AlignmentRule()
     """Of the members of a group."""
+    low_rank: LowRankRule | None = None
+    """Whether the experts become factors."""
     layers: tuple[LayerPlan, ...]
     """Every MoE layer of the model, those that stay as they are included."""
     requested_experts: int
@@ -166,6 +206,8 @@ class CompressionPlan:
             self._check_all_rows_served()
         if self.form == "stock":
             self._check_uniform()
+            if self.low_rank is not None:
+                raise ValueError("form='stock' has no low-rank experts; use form='moekit'")
 
     def _check_all_rows_served(self) -> None:
         for layer in self.layers:
@@ -283,6 +325,8 @@ class CompressionPlan:
                     f"the plan is for another model: {what}={wanted} in layer {layer.name!r}, "
                     f"which has {got}; plan anew"
                 )
+        if self.low_rank is not None:
+            check_fits(self.low_rank, layer)
         if planned.is_identity:
             return
         if self.router in ("slice", "mean"):

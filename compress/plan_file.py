@@ -99,6 +99,8 @@ def read_record(record_type: type[Record], data: Any, where: str) -> Record:
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, UnionType) and any(map(is_dataclass, get_args(hint))):
+        return None if value is None else _read(next(filter(is_dataclass, get_args(hint))), value, where)
     if is_dataclass(hint):
         return read_record(hint, value, where)  # pyright: ignore[reportArgumentType]
     if get_origin(hint) is tuple:

@@ -31,6 +31,7 @@ from .discovery import expert_layers, has_experts
 from .dropout.build import DropoutSpec, install_layers, read_spec
 from .group_router import set_logit_columns
 from .layer import ExpertLayer
+from .low_rank import LowRankStorage, check_rows, low_rank_entry, make_low_rank
 from .router import CONFIG_PARTS, EXPERT_COUNT_KEYS, set_config_count
 
 METHOD = "moekit"
@@ -45,7 +46,8 @@ class MoekitConfig(QuantizationConfigMixin):
 
     Args:
         layers: By layer name: ``num_experts`` (M, physical), ``num_router_rows`` (E), and ``router``, one of
-            ``full``, ``redirect``, ``logsumexp``; for the last also ``renormalises`` and ``scale``.
+            ``full``, ``redirect``, ``logsumexp``; for the last also ``renormalises`` and ``scale``. For
+            experts in factors also ``low_rank``: their ``rank``, and ``rows`` of S of both maps.
         smoe_dropout: The fields of `DropoutSpec`, for a dense model whose FFNs became SMoE-Dropout layers.
         version: Of this format.
 
@@ -103,12 +105,24 @@ def _check_entry(name: str, entry: Any) -> None:
         raise ValueError(
             f"layer {name!r}: router='full' needs one row for each of {experts} experts, not {rows}"
         )
+    if "low_rank" in entry:
+        _check_low_rank(name, entry["low_rank"])
     renormalises, scale = entry.get("renormalises"), entry.get("scale")
     finite = isinstance(scale, int | float) and abs(scale) < MAX_SCALE  # false for NaN too
     if router == "logsumexp" and not (type(renormalises) is bool and finite):
         raise ValueError(
             f"layer {name!r}: router='logsumexp' needs renormalises=true or false and a finite scale, "
             f"not {renormalises!r} and {scale!r}"
+        )
+
+
+def _check_low_rank(name: str, entry: Any) -> None:
+    """Whether the numbers fit the matrices is seen when they are built."""
+    rank, rows = (entry.get(key) if isinstance(entry, dict) else None for key in ("rank", "rows"))
+    are_rows = isinstance(rows, list) and len(rows) == 2 and all(type(n) is int and n >= 0 for n in rows)
+    if not (type(rank) is int and rank >= 1 and are_rows):
+        raise ValueError(
+            f"layer {name!r}: low_rank={entry!r} is not a rank of at least 1 and two numbers of rows"
         )
 
 
@@ -119,8 +133,9 @@ class MoekitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config: Any = self.quantization_config
         for layer in rebuild_layers(model, config):
-            # Switch's initialisation would visit as many experts as the config counts.
-            layer.block._is_hf_initialized = True
+            # Switch's initialisation would visit as many experts as the config counts; others look for the
+            # matrices of low-rank experts.
+            layer.block._is_hf_initialized = layer.experts_module._is_hf_initialized = True
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -203,6 +218,10 @@ def rebuild_layer(layer: ExpertLayer, entry: dict[str, Any]) -> None:
         layer.set_expert_map(unknown)
     elif entry["router"] == "logsumexp":
         layer.set_expert_groups(unknown, renormalises=entry["renormalises"], scale=entry["scale"])
+    if (factors := entry.get("low_rank")) is not None:
+        first, second = factors["rows"]
+        make_low_rank(layer.experts_module, factors["rank"], (first, second), layer=layer.name)
+        layer.storage = LowRankStorage(layer.experts_module)
 
 
 def check_loaded(layer: ExpertLayer) -> None:
@@ -225,6 +244,7 @@ def check_loaded(layer: ExpertLayer) -> None:
                 f"the checkpoint maps the experts of layer {layer.name!r} to {used}, not "
                 f"to each of 0..{layer.num_physical_experts - 1}; it is damaged"
             )
+    check_rows(layer.experts_module, layer.name)
 
 
 def check_layers_loaded(model: PreTrainedModel) -> None:
@@ -262,13 +282,16 @@ def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         mode = layer.router_mode
         group_of = layer.router._buffers.get("expert_group")
         rows = layer.num_experts if group_of is None else len(group_of)
-        if mode == "full" and rows == configured_experts(model.config):
+        factors = low_rank_entry(layer.experts_module)
+        if mode == "full" and rows == configured_experts(model.config) and factors is None:
             continue
         entries[layer.name] = {
             "num_experts": layer.num_physical_experts,
             "num_router_rows": rows,
             "router": mode,
         }
+        if factors is not None:
+            entries[layer.name]["low_rank"] = factors
         if mode == "logsumexp":
             entries[layer.name] |= {
                 "renormalises": layer.router.group_renormalises,

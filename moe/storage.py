@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .dropout.experts import SlicedExperts
+from .low_rank import LowRankStorage
 from .weights import ExpertWeights
 
 # Not num_experts_per_tok, expert_capacity, expert_dim, zero_expert_num or n_shared_experts.
@@ -40,7 +41,14 @@ class ExpertStorage(Protocol):
 
 def find_storage(module: nn.Module) -> ExpertStorage | None:
     """Return how `module` stores experts, or ``None`` when it is no container of routed experts."""
-    for storage in (SlicedStorage, FusedStorage, ModuleStorage, FlatStorage, ParallelLinearStorage):
+    for storage in (
+        LowRankStorage,
+        SlicedStorage,
+        FusedStorage,
+        ModuleStorage,
+        FlatStorage,
+        ParallelLinearStorage,
+    ):
         if storage.matches(module):
             return storage(module)
     return None

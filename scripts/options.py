@@ -109,6 +109,11 @@ class CompressOptions(CommonOptions):
     """Whose neuron order they take: the most used expert's (dominant) unless said otherwise."""
     router: Literal["auto", "redirect", "slice", "mean", "logsumexp"] = "auto"
     """What becomes of the routers. auto: redirect for m-smoe in the moekit form, else slice."""
+    rank: OptionalInt = None
+    """Then store each matrix of an expert as a product of this rank (gate and up share one), plus whole rows
+    of its residual; moekit form only."""
+    sparse_rows: float = 0.0
+    """Share of the rows that are stored so, in [0, 1]."""
     heal: Literal["none", "router", "kd"] = "none"
     """Let the result learn from the original on the calibration text. router: its routers alone, by KL
     (cheap). kd: all weights, by the text and 0.2 KL at temperature 2."""

@@ -1,5 +1,6 @@
 """How `moekit compress` comes by its plan: the user's, a planner's, or layer by layer."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..moe.statistics import RoutingStatistics
 from .calibrate import Calibration, even_statistics
 from .console import is_interactive, step
 from .options import CompressOptions
-from .prepare import Job, budget_options, planner_options
+from .prepare import Job, budget_options, low_rank_rule, planner_options
 from .sensitivity import layer_sensitivities
 from .sequential import compress_in_sequence
 
@@ -41,9 +42,10 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
 def needs_samples(job: Job) -> bool:
     """Whether planner or alignment read what the experts read."""
     if job.plan is not None:
-        return job.plan.alignment.method in ALIGNS_BY_SAMPLES
+        return job.plan.alignment.method in ALIGNS_BY_SAMPLES or job.plan.low_rank is not None
     options = job.options
-    return options.method in NEEDS_SAMPLES or options.alignment in ALIGNS_BY_SAMPLES
+    by_method = options.method in NEEDS_SAMPLES or options.alignment in ALIGNS_BY_SAMPLES
+    return by_method or options.rank is not None
 
 
 def make_plan(
@@ -64,7 +66,12 @@ def make_plan(
             samples=calibration.samples,
             progress=is_interactive(),
         )
-    return _planned(job, calibration, layers, **said)
+    return with_low_rank(_planned(job, calibration, layers, **said), job.options)
+
+
+def with_low_rank(plan: CompressionPlan, options: CompressOptions) -> CompressionPlan:
+    """The plan, with what else was asked for."""
+    return replace(plan, low_rank=low_rank_rule(options))
 
 
 def _planned(job: Job, calibration: Calibration, layers: list[ExpertLayer], **said: Any) -> CompressionPlan:
@@ -86,7 +93,8 @@ def plan_in_sequence(
 
     def plan_layers(part: list[ExpertLayer], known: RoutingStatistics, samples: Any) -> CompressionPlan:
         given = {"samples": samples} if job.options.method in NEEDS_SAMPLES else {}
-        return METHODS[job.options.method](part, known, **said, **given)
+        plan = METHODS[job.options.method](part, known, **said, **given)
+        return with_low_rank(plan, job.options)
 
     return compress_in_sequence(
         model,

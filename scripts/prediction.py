@@ -7,10 +7,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compress.layer_plan import LayerPlan
-from ..compress.plan import CompressionPlan
+from ..compress.low_rank import low_rank_rows
+from ..compress.plan import CompressionPlan, LowRankRule
 from ..moe.discovery import expert_layers
 from ..moe.footprint import Footprint, footprint
 from ..moe.layer import ExpertLayer
+from ..moe.low_rank import make_low_rank
 
 
 def predict_footprint(model: PreTrainedModel, plan: CompressionPlan) -> Footprint:
@@ -19,6 +21,8 @@ def predict_footprint(model: PreTrainedModel, plan: CompressionPlan) -> Footprin
     layers = {layer.name: layer for layer in expert_layers(shadow)}
     for planned in plan.layers:
         _shrink(layers[planned.name], planned, plan.router)
+        if (rule := plan.low_rank) is not None:
+            _factorise(layers[planned.name], rule)
     return footprint(shadow, layers.values())
 
 
@@ -50,6 +54,11 @@ def shapes_only(model: PreTrainedModel) -> PreTrainedModel:
     for tensor in model.buffers():
         memo[id(tensor)] = tensor.to("meta") if tensor.is_floating_point() else tensor.clone()
     return copy.deepcopy(model, memo)
+
+
+def _factorise(layer: ExpertLayer, rule: LowRankRule) -> None:
+    up, down = low_rank_rows(layer, rule.sparse_rows)
+    make_low_rank(layer.experts_module, rule.rank, (up, down), layer=layer.name)
 
 
 def _shrink(layer: ExpertLayer, planned: LayerPlan, router: str) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..compress.budget import share_experts
 from ..compress.methods import METHODS, SEQUENTIAL
 from ..compress.plan import FORMAT as PLAN_FORMAT
-from ..compress.plan import CompressionPlan, check_form
+from ..compress.plan import CompressionPlan, LowRankRule, check_fits, check_form
 from ..compress.scores import NEEDS_NO_DATA
 from ..moe.data import check_tokenizer
 from ..moe.discovery import expert_layers
@@ -35,7 +35,16 @@ SAMPLE_FILE = "sample.jsonl"
 """Text that the bundled model was not trained on."""
 PLAN_FILE = "plan.json"
 METHOD_OPTIONS = ("grouping", "similarity", "weighting", "alignment", "reference", "router")
-PLANNED = ("method", "form", *METHOD_OPTIONS, "exclude_layers", "protect", "sequential")
+PLANNED = (
+    "method",
+    "form",
+    *METHOD_OPTIONS,
+    "exclude_layers",
+    "protect",
+    "sequential",
+    "rank",
+    "sparse_rows",
+)
 """Options that a plan has settled."""
 MAX_SEED = 2**63 - 1
 SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
@@ -70,6 +79,9 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
     plan = None if options.plan is None else CompressionPlan.load(options.plan)
     if plan is None:
         share_experts(layers, even_statistics(layers), **budget_options(options))
+        if (rule := low_rank_rule(options)) is not None:
+            for layer in layers:
+                check_fits(rule, layer)
         planner_options(options)
     elif plan.router != "logsumexp":  # whether a router allows that is seen only with its weights
         plan.validate_against(layers)
@@ -209,6 +221,21 @@ def planner_options(options: CompressOptions) -> dict[str, Any]:
         "protect": options.protect,
         **said,
     }
+
+
+def low_rank_rule(options: CompressOptions) -> LowRankRule | None:
+    """What becomes of the experts' matrices after merging.
+
+    Raises:
+        ValueError: Numbers that cannot be, or a form that cannot hold factors.
+    """
+    if options.rank is None:
+        if options.sparse_rows:
+            raise ValueError("--sparse-rows is of low-rank experts; add --rank")
+        return None
+    if options.form == "stock":
+        raise ValueError("--rank needs --form moekit; the stock form has no low-rank experts")
+    return LowRankRule(rank=options.rank, sparse_rows=options.sparse_rows)
 
 
 def is_sequential(options: CompressOptions) -> bool:

@@ -90,6 +90,7 @@ def joined_plan(plans: list[CompressionPlan], identity: ModelIdentity) -> Compre
         form=first.form,
         router=first.router,
         alignment=first.alignment,
+        low_rank=first.low_rank,
         layers=tuple(plan.layers[0] for plan in plans),
         requested_experts=sum(plan.requested_experts for plan in plans),
         settings={**first.settings, "sequential": True},

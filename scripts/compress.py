@@ -36,6 +36,7 @@ from .record import (
     write_run_file,
 )
 from .staging import Staging, staged_folder
+from .stream import compress_streamed
 from .verify import verify_reload
 
 CARRIED_OVER = (
@@ -76,7 +77,7 @@ def run(options: CompressOptions, *, replace: bool = False) -> Path | None:
         return None
     assert options.out is not None
     with staged_folder(options.out, _fingerprint(job), replace=replace) as staging:
-        finished = _compress(job, staging)
+        finished = _stream(job, staging) if options.stream else _compress(job, staging)
     show(summary_table(finished))
     for warning in finished.warnings:
         warn(warning)
@@ -192,6 +193,36 @@ def _compress(job: Job, staging: Staging) -> Run:
         data=job.data,
         warnings=find_warnings(plan, statistics, foretold=after.total_bytes, written=written)
         + size_warnings(**sizes, dtypes=_dtypes(job, reloaded)),
+    )
+    _write_records(finished, output)
+    return finished
+
+
+def _stream(job: Job, staging: Staging) -> Run:
+    """Do the work one decoder layer at a time."""
+    options, output = job.options, staging.output
+    source_bytes = tensor_bytes(job.source.folder)
+    staging.reserve(source_bytes)
+    done = compress_streamed(job, staging)
+    carry_over(job.source.folder, output)
+    written = tensor_bytes(output)
+    finished = Run(
+        options=options,
+        model_class=done.model_class,
+        plan=done.plan,
+        statistics=done.statistics,
+        form=done.form,
+        before=done.before,
+        after=done.after,
+        source_bytes=source_bytes,
+        written_bytes=written,
+        merging=done.merging,
+        reload_difference=None,
+        measured=None,
+        one_shot=None,
+        healing=None,
+        data=job.data,
+        warnings=find_warnings(done.plan, done.statistics, foretold=done.after.total_bytes, written=written),
     )
     _write_records(finished, output)
     return finished

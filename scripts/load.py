@@ -154,13 +154,17 @@ def load_tokenizer(model: str | ModelSource) -> PreTrainedTokenizerBase:
         raise ValueError(f"'{folder}' has no tokenizer that can be loaded: {error}") from error
 
 
-def skeleton(source: ModelSource) -> PreTrainedModel:
+def skeleton(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Build a checkpoint's model on the meta device: all shapes and types, no weights, any size at once.
+
+    Args:
+        source: The checkpoint.
+        dtype: Of the weights; the checkpoint's own by default.
 
     Raises:
         ValueError: The config contradicts itself.
     """
-    dtype = source.config.dtype or torch.float32
+    dtype = dtype or source.config.dtype or torch.float32
     kind = model_class(source.config)
     with (
         torch.device("meta"),

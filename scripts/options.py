@@ -145,6 +145,11 @@ class CompressOptions(CommonOptions):
     """What stands before the answer in question-answer documents, which are scored; \\n is a line break."""
     report: Switch = True
     """With --no-report: do not compare the result with the original, and write no report.html."""
+    stream: bool = False
+    """For checkpoints larger than memory: read, compress and write one decoder layer at a time, every layer
+    with the same number of experts; without a report."""
+    memory_limit: OptionalText = None
+    """With --stream: refuse to begin if one layer needs more than this, such as 8GB."""
     max_shard_size: str = "5GB"
     """Largest file of weights, such as 500MB or 5GB."""
 

@@ -10,6 +10,7 @@ from ..compress.m_smoe import plan_m_smoe
 from ..compress.methods import METHODS, NEEDS_SAMPLES
 from ..compress.plan import NEEDS_SAMPLES as ALIGNS_BY_SAMPLES
 from ..compress.plan import CompressionPlan
+from ..compress.scores import NEEDS_NO_DATA
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import RoutingStatistics
 from .calibrate import Calibration, even_statistics
@@ -31,7 +32,9 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
     if options.grouping == "sensitivity":
         said["sensitivities"] = [1.0] * len(layers)
     if options.method not in NEEDS_SAMPLES:
-        METHODS[options.method](layers, even, **said)
+        # The weights that scores without data read may not be there yet; any score asks the routers the same.
+        method = "frequency" if options.method in NEEDS_NO_DATA else options.method
+        METHODS[method](layers, even, **said)
         return
     # Without tokens to compare experts on, a merge of the same size behind the same router.
     router = said.get("router", "slice" if options.method == "ream" else "redirect")

@@ -20,9 +20,9 @@ def predict_footprint(model: PreTrainedModel, plan: CompressionPlan) -> Footprin
     shadow = shapes_only(model)
     layers = {layer.name: layer for layer in expert_layers(shadow)}
     for planned in plan.layers:
-        _shrink(layers[planned.name], planned, plan.router)
+        shrink(layers[planned.name], planned, plan.router)
         if (rule := plan.low_rank) is not None:
-            _factorise(layers[planned.name], rule)
+            factorise_shapes(layers[planned.name], rule)
     return footprint(shadow, layers.values())
 
 
@@ -56,12 +56,13 @@ def shapes_only(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def _factorise(layer: ExpertLayer, rule: LowRankRule) -> None:
+def factorise_shapes(layer: ExpertLayer, rule: LowRankRule) -> None:
+    """Give a layer the shapes that its experts have as factors."""
     up, down = low_rank_rows(layer, rule.sparse_rows)
     make_low_rank(layer.experts_module, rule.rank, (up, down), layer=layer.name)
 
 
-def _shrink(layer: ExpertLayer, planned: LayerPlan, router: str) -> None:
+def shrink(layer: ExpertLayer, planned: LayerPlan, router: str) -> None:
     """Give a layer the shapes that carrying out its plan would give it."""
     if planned.is_identity:
         return

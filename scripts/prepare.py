@@ -134,7 +134,23 @@ def _check_options(options: CompressOptions, *, replace: bool) -> None:
     if not options.answer_marker.strip():
         raise ValueError(f"--answer-marker {options.answer_marker!r} is blank")
     check_shard_size(options.max_shard_size)
+    _check_stream(options)
     check_machine(options.device, options.seed)
+
+
+def _check_stream(options: CompressOptions) -> None:
+    """Refuse what needs a whole model in memory, or all layers at once."""
+    if not options.stream:
+        if options.memory_limit is not None:
+            raise ValueError("--memory-limit is of --stream; add that")
+        return
+    if options.memory_limit is not None:
+        check_shard_size(options.memory_limit, flag="--memory-limit")
+    whole = {"--plan": options.plan is not None, "--plan-only": options.plan_only}
+    whole |= {"--heal": options.heal != "none", "a report (say --no-report)": options.report}
+    if said := [flag for flag, is_said in whole.items() if is_said]:
+        raise ValueError(f"--stream has one layer in memory at a time, which {said[0]} cannot do with")
+    check_sequential(options.grouping, options.exclude_layers, options.layer_experts)
 
 
 def check_names(model: str, data: str | None) -> None:
@@ -145,11 +161,11 @@ def check_names(model: str, data: str | None) -> None:
         raise ValueError("--data is empty; name a file, a folder or a `datasets` name")
 
 
-def check_shard_size(text: str) -> None:
-    """Refuse what is no size of a file."""
+def check_shard_size(text: str, *, flag: str = "--max-shard-size") -> None:
+    """Refuse what is no size."""
     size = SIZE.fullmatch(text)
     if size is None or float(size[1]) == 0:
-        raise ValueError(f"--max-shard-size {text!r} is not a size such as 500MB or 5GB")
+        raise ValueError(f"{flag} {text!r} is not a size such as 500MB or 5GB")
 
 
 def check_machine(device: str | None, seed: int) -> None:
@@ -212,6 +228,8 @@ def planner_options(options: CompressOptions) -> dict[str, Any]:
         raise ValueError(f"--{foreign[0]} does not apply to --method {options.method}")
     if options.form == "stock":
         said = {name: value for name, value in _STOCK.items() if name in known} | said
+    if options.stream or is_sequential(options):
+        said = {"grouping": "uniform"} | said
     if "router" in said:
         check_form(options.form, said["router"])
     return {

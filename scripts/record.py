@@ -53,8 +53,9 @@ class Run:
     """Of the tensors in the result's files."""
     merging: dict[str, dict[str, Any]]
     """By layer, from `apply_plan`."""
-    reload_difference: float
-    """Largest relative difference of logits between the model in memory and the one read back."""
+    reload_difference: float | None
+    """Largest relative difference of logits between the model in memory and the one read back; None if the
+    model was never whole in memory."""
     measured: Measurements | None
     one_shot: Measurements | None
     """Of the compressed model before it was healed, if it was."""
@@ -197,7 +198,8 @@ def _settings(run: Run) -> dict[str, str]:
     facts["alignment"] = run.plan.alignment.method
     if run.healing is not None:
         facts |= {f"healing, {name}": str(value) for name, value in run.healing.to_dict().items()}
-    facts["largest relative difference of logits after reloading"] = f"{run.reload_difference:.2g}"
+    if run.reload_difference is not None:
+        facts["largest relative difference of logits after reloading"] = f"{run.reload_difference:.2g}"
     return facts
 
 

@@ -132,6 +132,6 @@ def check_sequential(grouping: str, exclude_layers: tuple[int, ...], layer_exper
     """
     if grouping not in ("auto", "uniform") or exclude_layers or layer_experts:
         raise ValueError(
-            "--sequential on plans a layer before the next is known, so all keep the same number: leave "
-            "--grouping, --exclude-layers and --layer-experts out, or say --sequential off"
+            "--sequential on and --stream plan a layer before the next is known, so all keep the same "
+            "number: leave --grouping, --exclude-layers and --layer-experts out, or say --sequential off"
         )

@@ -1,0 +1,251 @@
+"""A model of which one decoder layer is in memory at a time.
+
+Weights come from the checkpoint's own files, by transformers' own conversion of names, and go again; what
+flows from layer to layer lies in files. Each layer is run by the model's own forward, so masks, positions and
+everything else that a layer is given are as always.
+"""
+
+# B batch, S sequence, D hidden width
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from .discovery import expert_layers
+from .layer import ExpertLayer
+
+_NUMBERED = re.compile(r"^(.*?)\.(\d+)(\.|$)")
+
+
+class NotStreamableError(ValueError):
+    """A model whose layers cannot be run one by one."""
+
+
+class _ReachedError(Exception):
+    """Leaves a forward once the wanted layer has run."""
+
+
+class LayerStream:
+    """A model without weights, whose decoder layers are loaded and dropped.
+
+    Attributes:
+        model: On the meta device but for what lies outside of the layers, and the layer that is loaded.
+        layers: Its decoder layers.
+        path: Where they are in it, such as ``model.layers``.
+
+    Args:
+        model: Built on the meta device.
+        files: The checkpoint's safetensors files.
+        dtype: Of the weights in memory.
+        device: Where they run.
+
+    Raises:
+        NotStreamableError: The expert layers are not all in one list of decoder layers.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, files: list[Path], *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model = model
+        self.dtype, self.device = dtype, device
+        self.path = _list_path(model)
+        self.layers: Any = model.get_submodule(self.path)
+        self._mapping: Any = get_model_conversion_mapping(model, None, None)
+        self._handles = [safe_open(file, framework="pt") for file in files]
+        self._files = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
+        stored = {found[1] for name in self._files if (found := _NUMBERED.match(name)) is not None}
+        self._stored_path = self.path if self.path in stored else _same_end(self.path, stored)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def load_outside(self) -> None:
+        """Load everything that is in no decoder layer: embeddings, last norm, head, rotary tables.
+
+        Raises:
+            NotStreamableError: Something was not in the files.
+        """
+        self._load(lambda name: not name.startswith(f"{self._stored_path}."))
+        self.model.tie_weights()
+        for module in self.model.modules():
+            _fill_buffers(self.model, module, self.device)
+        lost = [name for name in _on_meta(self.model) if not name.startswith(f"{self.path}.")]
+        if lost:
+            raise NotStreamableError(f"the checkpoint's files lack {lost[0]!r}")
+
+    def load(self, index: int) -> None:
+        """Load a decoder layer.
+
+        Raises:
+            NotStreamableError: Something of it was not in the files.
+        """
+        self._load(lambda name: name.startswith(f"{self._stored_path}.{index}."))
+        if lost := _on_meta(self.layers[index]):
+            raise NotStreamableError(f"the checkpoint's files lack {lost[0]!r} of decoder layer {index}")
+
+    def drop(self, index: int) -> None:
+        """Forget a decoder layer's weights; its shapes stay."""
+        for module in self.layers[index].modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.is_floating_point():
+                    module._buffers[name] = buffer.to("meta")
+
+    def expert_layers(self, index: int) -> list[ExpertLayer]:
+        """The expert layers within a decoder layer; the model has to be asked anew after each change."""
+        prefix = f"{self.path}.{index}"
+        return [
+            layer
+            for layer in expert_layers(self.model)
+            if layer.name == prefix or layer.name.startswith(f"{prefix}.")
+        ]
+
+    def state_dict(self, index: int | None) -> dict[str, Tensor]:
+        """Tensors of a decoder layer, or of all that is outside of them, by their names in the model."""
+        prefix = f"{self.path}." if index is None else f"{self.path}.{index}."
+        return {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if name.startswith(prefix) != (index is None)
+        }
+
+    def _load(self, wanted: Callable[[str], bool]) -> None:
+        part = {name: handle.get_slice(name) for name, handle in self._files.items() if wanted(name)}
+        if not part:
+            return
+        settings = LoadStateDictConfig(
+            weight_mapping=self._mapping,
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            device_map={"": self.device},
+        )
+        info, _ = convert_and_load_state_dict_in_model(self.model, part, settings)
+        if info.mismatched_keys or info.conversion_errors:
+            fault = next(iter(info.mismatched_keys or info.conversion_errors))
+            raise NotStreamableError(f"the checkpoint's {fault} does not fit the config")
+
+    @contextmanager
+    def only(self, index: int, hidden: Callable[[], Tensor | None]) -> Iterator[list[Tensor]]:
+        """Let forwards of the model run one decoder layer and end behind it.
+
+        Args:
+            index: Of the layer; those before it pass through what they get.
+            hidden: Gives what the layer reads; ``None`` for what reaches it (the embeddings).
+
+        Yields:
+            What the layer gave, one tensor for each forward. Forwards end with an exception, which
+            `run` catches.
+        """
+        given: list[Tensor] = []
+        own = self.layers[index].forward
+
+        def run(first: Any, *args: Any, **kwargs: Any) -> Any:
+            reached = hidden()
+            output = own(first if reached is None else reached, *args, **kwargs)
+            given.append(output[0] if isinstance(output, tuple) else output)
+            raise _ReachedError
+
+        with ExitStack() as stack:
+            for number in range(index):
+                stack.enter_context(_with_forward(self.layers[number], lambda first, *_, **__: first))
+            stack.enter_context(_with_forward(self.layers[index], run))
+            yield given
+
+    def run(self, inputs: Mapping[str, Tensor]) -> None:
+        """A forward of the model within `only`."""
+        try:
+            self.model(**{**inputs, "use_cache": False})
+        except _ReachedError:
+            return
+        raise NotStreamableError(f"{type(self.model).__name__} did not run its decoder layers in order")
+
+
+class HiddenFiles:
+    """What flows from one decoder layer to the next, a file for each batch.
+
+    The files of a layer stay until those behind the next are whole, so that a killed run can go on.
+
+    Args:
+        folder: Of the files; made if it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, layer: int, batch: int) -> Path:
+        return self.folder / f"into-{layer}-{batch}.safetensors"
+
+    def read(self, layer: int, batch: int) -> Tensor:
+        """What a layer reads of a batch."""
+        return load_file(self._path(layer, batch))["hidden"]
+
+    def write(self, layer: int, batch: int, hidden_BSD: Tensor) -> None:
+        """Keep what a layer will read of a batch."""
+        save_file({"hidden": hidden_BSD.contiguous().cpu()}, self._path(layer, batch))
+
+    def forget(self, layer: int) -> None:
+        """Remove what a layer has read."""
+        for path in self.folder.glob(f"into-{layer}-*.safetensors"):
+            path.unlink()
+
+
+@contextmanager
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _list_path(model: PreTrainedModel) -> str:
+    paths = {found[1] for layer in expert_layers(model) if (found := _NUMBERED.match(layer.name))}
+    if len(paths) != 1 or not isinstance(model.get_submodule(min(paths, default="")), nn.ModuleList):
+        raise NotStreamableError(
+            f"the expert layers of {type(model).__name__} are not in one list of decoder layers "
+            f"({', '.join(sorted(paths)) or 'none'}); compress it in memory"
+        )
+    return paths.pop()
+
+
+def _same_end(path: str, stored: set[str]) -> str:
+    """The list's name in files that leave out or add the base model's prefix."""
+    for name in stored:
+        if path.endswith(f".{name}") or name.endswith(f".{path}"):
+            return name
+    raise NotStreamableError(f"the checkpoint's files hold no {path!r}, only {', '.join(sorted(stored))}")
+
+
+def _on_meta(module: nn.Module) -> list[str]:
+    return [name for name, tensor in module.state_dict().items() if tensor.device.type == "meta"]
+
+
+@torch.no_grad()
+def _fill_buffers(model: Any, module: nn.Module, device: torch.device) -> None:
+    """Compute tables that no file holds (rotary frequencies), as transformers does after loading."""
+    lost = [
+        name
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.device.type == "meta" and name in module._non_persistent_buffers_set
+    ]
+    if lost and not any(True for _ in module.named_parameters(recurse=False)):
+        for name in lost:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
+        model._init_weights(module)

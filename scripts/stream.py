@@ -1,0 +1,269 @@
+"""`moekit compress --stream`: a checkpoint larger than memory, one decoder layer at a time."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from ..compress.apply import apply_layer, check_finite
+from ..compress.layer_plan import LayerPlan
+from ..compress.methods import METHODS, NEEDS_SAMPLES
+from ..compress.plan import CompressionPlan, ModelIdentity
+from ..moe.checkpoint import mark_form, update_expert_count, write_config_aliases
+from ..moe.discovery import expert_layers
+from ..moe.evaluating import evaluating
+from ..moe.footprint import Footprint, footprint
+from ..moe.layer_stream import HiddenFiles, LayerStream
+from ..moe.recording import record_routing
+from ..moe.samples import InputSamples, record_inputs
+from ..moe.statistics import RoutingStatistics
+from .calibrate import model_inputs
+from .checkpoint_files import weight_files
+from .console import is_interactive, show, step
+from .load import find_device, skeleton
+from .planning import needs_samples, try_planner, with_low_rank
+from .prediction import factorise_shapes, shrink
+from .prepare import PLAN_FILE, Job, is_sequential, planner_options
+from .sequential import joined_plan
+from .staging import Staging
+
+STATE = "stream.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What came out."""
+
+    plan: CompressionPlan
+    statistics: RoutingStatistics
+    form: str
+    before: Footprint
+    after: Footprint
+    merging: dict[str, dict[str, Any]]
+    """By layer, from `apply_layer`."""
+    model_class: str
+
+
+def compress_streamed(job: Job, staging: Staging) -> Streamed:
+    """Record, plan, change and write one decoder layer after another.
+
+    In memory are the embeddings, the head and one layer; what flows between layers lies in the work folder.
+    A run that was interrupted goes on with the layer that it was at.
+
+    Args:
+        job: What to do.
+        staging: Where to.
+
+    Raises:
+        NotStreamableError: The model's layers cannot be run one by one.
+        ValueError: As the planner does.
+    """
+    options = job.options
+    model = skeleton(job.source, None if options.dtype == "auto" else getattr(torch, options.dtype))
+    stream = LayerStream(
+        model, weight_files(job.source.folder), dtype=model.dtype, device=find_device(options.device)
+    )
+    try_planner(options, expert_layers(model))
+    check_memory(stream, options.memory_limit)
+    stream.load_outside()
+    walk = _Walk(job, stream, staging)
+    step(f"Reading {job.texts.calibration.num_tokens:,} tokens, layer by layer")
+    with evaluating(model), torch.no_grad():
+        for index in tqdm(range(len(stream)), "layers", unit="layer", disable=not is_interactive()):
+            walk.layer(index)
+    return walk.finish()
+
+
+class _Walk:
+    """The state of a run: which layers are done, and what they became."""
+
+    def __init__(self, job: Job, stream: LayerStream, staging: Staging) -> None:
+        self.job, self.stream, self.staging = job, stream, staging
+        self.identity = ModelIdentity.of(expert_layers(stream.model))
+        self.before = footprint(stream.model, expert_layers(stream.model))
+        self.parts = staging.work / "layers"
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self.merging: dict[str, dict[str, Any]] = {}
+        self.hidden = HiddenFiles(staging.work / "hidden")
+        self.batches = list(job.texts.calibration.batches(job.options.batch_size))
+        self.said = planner_options(job.options)
+        self.plans: list[CompressionPlan] = []
+        self.done = 0
+        self._resume()
+
+    def _resume(self) -> None:
+        """Take up what an interrupted run has finished: plans and written layers."""
+        path = self.staging.work / STATE
+        if path.is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.done = state["done"]
+            self.plans = [CompressionPlan.from_json(text) for text in state["plans"]]
+            self.merging = state["merging"]
+            show(f"going on after decoder layer {self.done} of {len(self.stream)}")
+
+    def _keep(self, index: int) -> None:
+        path = self.staging.work / STATE
+        plans = [plan.to_json() for plan in self.plans]
+        state = {"done": index + 1, "plans": plans, "merging": self.merging}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state), encoding="utf-8")
+        temporary.replace(path)
+        self.hidden.forget(index)
+
+    def layer(self, index: int) -> None:
+        """Do one decoder layer, or give it the shape that it was written with."""
+        layers = self.stream.expert_layers(index)
+        if index < self.done:
+            for layer in layers:
+                self._reshape(layer)
+            return
+        self.stream.load(index)
+        samples = InputSamples() if needs_samples(self.job) else None
+        known = self._push(index, layers, samples)
+        for layer in layers:
+            known.save(self.staging.work / f"statistics-{index}.safetensors")
+            self._compress(layer, known, samples)
+        if layers and is_sequential(self.job.options):
+            self._push(index, [], None)
+        self._write(index)
+        self.stream.drop(index)
+        self._keep(index)
+
+    def _push(self, index: int, layers: list[Any], samples: InputSamples | None) -> RoutingStatistics:
+        """Run the calibration text through a layer, and keep what comes out for the next."""
+        reading: list[Tensor | None] = [None]
+        stream, model = self.stream, self.stream.model
+        with record_routing(model, layers) as statistics, record_inputs(model, layers, samples=samples):
+            for number, batch in enumerate(self.batches):
+                reading[0] = None if index == 0 else self.hidden.read(index, number).to(stream.device)
+                with stream.only(index, lambda: reading[0]) as given:
+                    stream.run(model_inputs(model, batch))
+                self.hidden.write(index + 1, number, given[0])
+        return statistics
+
+    def _compress(self, layer: Any, known: RoutingStatistics, samples: InputSamples | None) -> None:
+        check_finite(layer)
+        method = self.job.options.method
+        given = {"samples": samples} if method in NEEDS_SAMPLES else {}
+        plan = with_low_rank(METHODS[method]([layer], known, **self.said, **given), self.job.options)
+        self.merging[layer.name] = apply_layer(layer, plan.layers[0], plan, samples)
+        self.plans.append(plan)
+
+    def _reshape(self, layer: Any) -> None:
+        """A layer without weights becomes as large as it was written."""
+        plan = next(plan for plan in self.plans if plan.layers[0].name == layer.name)
+        shape_layer(layer, plan.layers[0], plan)
+
+    def _write(self, index: int | None) -> None:
+        """A decoder layer, or all that lies outside, under the names of the checkpoint."""
+        model = self.stream.model
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        own = {name: tensor for name, tensor in self.stream.state_dict(index).items() if name not in tied}
+        tensors = revert_weight_conversion(model, own)
+        kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        file = self.parts / ("outside.safetensors" if index is None else f"layer-{index:05d}.safetensors")
+        save_file(kept, file, metadata={"format": "pt"})
+
+    def finish(self) -> Streamed:
+        """Write what lies outside of the layers, the index and the config."""
+        model, output = self.stream.model, self.staging.output
+        plan = joined_plan(self.plans, self.identity)
+        if plan.form == "stock":
+            update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)
+        form = mark_form(model)
+        self._write(None)
+        write_index(self.parts, output)
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = self.stream.dtype
+        model.config.save_pretrained(output)
+        write_config_aliases(output / "config.json")
+        if model.can_generate():
+            model.generation_config.save_pretrained(output)
+        statistics = RoutingStatistics(fingerprint={"data": self.job.texts.calibration.fingerprint})
+        for path in sorted(self.staging.work.glob("statistics-*.safetensors"), key=_number):
+            statistics.layers |= RoutingStatistics.load(path).layers
+        plan.save(output / PLAN_FILE)
+        statistics.save(output)
+        return Streamed(
+            plan=plan,
+            statistics=statistics,
+            form=form,
+            before=self.before,
+            after=footprint(model, expert_layers(model)),
+            merging=self.merging,
+            model_class=type(model).__name__,
+        )
+
+
+def shape_layer(layer: Any, layer_plan: LayerPlan, plan: CompressionPlan) -> None:
+    """Give a layer without weights the shapes that carrying out its plan would give it."""
+    shrink(layer, layer_plan, plan.router)
+    if plan.low_rank is not None:
+        factorise_shapes(layer, plan.low_rank)
+
+
+def write_index(parts: Path, folder: Path) -> None:
+    """Put the written parts where `from_pretrained` looks for them, with their index.
+
+    The parts stay until the run has ended, so that one that is killed here need not write them again.
+    """
+    files = [*sorted(parts.glob("layer-*.safetensors")), parts / "outside.safetensors"]
+    weight_map, total = {}, 0
+    for number, part in enumerate(files, 1):
+        target = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        try:
+            os.link(part, target)
+        except OSError:  # a file system without links
+            shutil.copyfile(part, target)
+        with safe_open(target, framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), target.name)
+        total += target.stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def check_memory(stream: LayerStream, limit: str | None) -> None:
+    """Refuse a limit that one decoder layer does not fit into.
+
+    Args:
+        stream: Without weights.
+        limit: Such as 4GB; no limit by default.
+
+    Raises:
+        ValueError: Says how much is needed.
+    """
+    if limit is None:
+        return
+    sizes = [_bytes(stream.state_dict(index)) for index in range(len(stream))]
+    # Experts are fused from single tensors while they are loaded, so a layer is there twice for a while.
+    one_layer, outside = 2 * max(sizes), _bytes(stream.state_dict(None))
+    if outside + one_layer > size_in_bytes(limit):
+        raise ValueError(
+            f"--memory-limit {limit} is too small: one decoder layer needs {one_layer:,} bytes while it is "
+            f"loaded, and what lies outside of the layers {outside:,}; give {outside + one_layer:,} at least"
+        )
+
+
+def size_in_bytes(text: str) -> int:
+    """Of a size such as 500MB, in powers of ten."""
+    unit = {"K": 3, "M": 6, "G": 9, "T": 12}[text.strip()[-2].upper()]
+    return int(float(text.strip()[:-2]) * 10**unit)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])

@@ -1,0 +1,190 @@
+"""Compression of one decoder layer at a time gives what compression in memory gives."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from moekit.moe.layer_stream import LayerStream, NotStreamableError
+from moekit.scripts import cli
+from moekit.scripts.load import open_source, skeleton
+from moekit.scripts.staging import partial_folder
+from moekit.scripts.stream import size_in_bytes
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..moe.families import FAMILIES
+from ..moe.tiny_models import Family
+from .tiny_checkpoints import TEXT_OPTIONS, VOCABULARY, tiny_qwen, write_checkpoint
+
+STREAMED = ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe"]
+
+
+def family_model(name: str) -> PreTrainedModel:
+    """The family's tiny model, with the vocabulary of the tests' tokenizer."""
+    row = FAMILIES[name]
+    assert isinstance(row, Family)
+    tokens = {"vocab_size": VOCABULARY, "eos_token_id": 0, "pad_token_id": 1}
+    return dataclasses.replace(row, overrides=row.overrides | tokens)()
+
+
+def compress(model: Path, data: Path, out: Path, *more: object) -> int:
+    given = ["--data", str(data), "--experts", "4", "--no-report", "--out", str(out)]
+    return cli.main(["compress", str(model), *TEXT_OPTIONS, *given, *map(str, more)])
+
+
+def same(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    """Both checkpoints load to the same weights, and say the same in plan and config."""
+    mine, theirs = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (one, other))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+    configs = [json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (one, other)]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_families(family, data, tmp_path):
+    model = write_checkpoint(tmp_path / "model", family_model(family))
+    for name, more in (("whole", ()), ("streamed", ("--stream",))):
+        options = ("--method", "reap", "--seq-len", 16, *more)
+        assert compress(model, data, tmp_path / name, *options) == 0
+    same(tmp_path / "streamed", tmp_path / "whole", tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "m-smoe", "--grouping", "uniform"),
+        ("--method", "m-smoe", "--grouping", "uniform", "--similarity", "weights"),
+        ("--method", "hc-smoe"),
+        ("--method", "ream"),
+        ("--method", "reap", "--sequential", "on"),
+        ("--method", "reap", "--form", "stock"),
+        ("--method", "aimer", "--rank", 4, "--sparse-rows", 0.25),
+        ("--method", "frequency", "--dtype", "bfloat16"),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_methods(options, checkpoint, data, tmp_path):
+    for name, more in (("whole", ()), ("streamed", ("--stream",))):
+        assert compress(checkpoint, data, tmp_path / name, *options, *more) == 0
+    same(tmp_path / "streamed", tmp_path / "whole", tolerance=1e-5)
+    plans = [json.loads((tmp_path / n / "plan.json").read_text())["layers"] for n in ("whole", "streamed")]
+    assert plans[0] == plans[1]
+    sizes = [
+        json.loads((tmp_path / n / "run.json").read_text())["metrics"]["footprint"]
+        for n in ("whole", "streamed")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_tied_embeddings_and_several_files(data, tmp_path):
+    model = write_checkpoint(
+        tmp_path / "model", tiny_qwen(tie_word_embeddings=True, num_hidden_layers=3), max_shard_size="40KB"
+    )
+    assert len(list(model.glob("*.safetensors"))) > 3
+    for name, more in (("whole", ()), ("streamed", ("--stream",))):
+        assert compress(model, data, tmp_path / name, "--method", "reap", *more) == 0
+    same(tmp_path / "streamed", tmp_path / "whole")
+
+
+def test_one_layer_is_there_at_a_time(checkpoint):
+    source = open_source(str(checkpoint))
+    model = skeleton(source)
+    files = sorted(checkpoint.glob("*.safetensors"))
+    stream = LayerStream(model, files, dtype=torch.float32, device=torch.device("cpu"))
+    stream.load_outside()
+
+    def loaded() -> set[int]:
+        return {
+            int(name.split(".")[2])
+            for name, tensor in model.state_dict().items()
+            if name.startswith("model.layers.") and tensor.device.type != "meta"
+        }
+
+    assert loaded() == set()
+    for index in range(len(stream)):
+        stream.load(index)
+        assert loaded() == {index}
+        stream.drop(index)
+    assert loaded() == set()
+
+
+def killed_at(arguments: list[str], out: Path, pattern: str) -> None:
+    code = "import sys; from moekit.scripts.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ) as process:
+        while process.poll() is None and not any(partial_folder(out).glob(pattern)):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pattern", ["work/hidden/into-1-*", "work/layers/layer-00001*", "work/stream.json", "output/model-*"]
+)
+@pytest.mark.parametrize("sequential", ["on", "off"])
+def test_a_killed_run_goes_on_to_the_same_bytes(pattern, sequential, data, tmp_path):
+    model = write_checkpoint(tmp_path / "model", tiny_qwen(num_hidden_layers=4))
+    options = ("--method", "reap", "--stream", "--sequential", sequential)
+    assert compress(model, data, tmp_path / "whole", *options) == 0
+    out = tmp_path / "killed"
+    given = ["--data", str(data), "--experts", "4", "--no-report", "--out", str(out)]
+    arguments = ["compress", str(model), *TEXT_OPTIONS, *given, *map(str, options)]
+    killed_at(arguments, out, pattern)
+    assert not out.exists()
+    assert cli.main(arguments) == 0
+    files = sorted(path.name for path in (tmp_path / "whole").glob("model-*.safetensors"))
+    assert files == sorted(path.name for path in out.glob("model-*.safetensors"))
+    for name in files:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--memory-limit", "1KB", "--stream"), r"--memory-limit 1KB is too small: one decoder layer needs"),
+        (("--memory-limit", "much", "--stream"), "--memory-limit 'much' is not a size"),
+        (("--memory-limit", "1GB"), "--memory-limit is of --stream; add that"),
+        (("--stream", "--heal", "router"), "which --heal cannot do with"),
+        (("--stream", "--grouping", "adaptive"), "--stream plan a layer before the next is known"),
+        (("--stream", "--rank", "1000"), "rank 1000 is larger than the smaller side"),
+    ],
+)
+def test_what_cannot_be(checkpoint, data, tmp_path, capsys, words, message):
+    assert compress(checkpoint, data, tmp_path / "out", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_needs_the_whole_model(checkpoint, data, tmp_path, capsys):
+    words = ["compress", str(checkpoint), "--data", str(data), "--experts", "4", "--stream"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "a report (say --no-report) cannot do with" in capsys.readouterr().err
+
+
+def test_files_that_lack_a_tensor(data, tmp_path, capsys):
+    model = write_checkpoint(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    lost = next(name for name in tensors if "layers.1." in name and "q_proj" in name)
+    del tensors[lost]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert compress(model, data, tmp_path / "out", "--stream") == 2
+    assert "lack 'self_attn.q_proj.weight' of decoder layer 1" in capsys.readouterr().err
+
+
+def test_layers_that_cannot_be_run_alone():
+    with pytest.raises(NotStreamableError, match="are not in one list of decoder layers"):
+        LayerStream(FAMILIES["switch_transformers"](), [], dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("text", "size"), [("1KB", 1000), (" 2.5 GB", 2_500_000_000), ("3mb", 3_000_000)])
+def test_sizes(text, size):
+    assert size_in_bytes(text) == size

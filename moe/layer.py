@@ -359,7 +359,7 @@ class ExpertLayer:
         weightless = range(self.num_physical_experts, self.num_physical_experts + self._num_weightless)
         full = torch.tensor([*expert_map, *weightless], dtype=torch.long, device=self.device)
         set_expert_map(self.redirected_module, full, self.redirect_hook)
-        skip_absent_choices(self.experts_module)
+        skip_absent_choices(self.experts_module, self.num_physical_experts, self.top_k)
 
     def check_removal(self, keep: Sequence[int]) -> None:
         """Refuse what `remove_experts` could not do, before anything is touched.

@@ -62,8 +62,10 @@ class LayerStream:
         self.path = _list_path(model)
         self.layers: Any = model.get_submodule(self.path)
         self._mapping: Any = get_model_conversion_mapping(model, None, None)
-        self._handles = [safe_open(file, framework="pt") for file in files]
-        self._files = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
+        self._files: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as handle:
+                self._files |= dict.fromkeys(handle.keys(), file)
         stored = {found[1] for name in self._files if (found := _NUMBERED.match(name)) is not None}
         self._stored_path = self.path if self.path in stored else _same_end(self.path, stored)
 
@@ -122,8 +124,8 @@ class LayerStream:
         }
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
-        part = {name: handle.get_slice(name) for name, handle in self._files.items() if wanted(name)}
-        if not part:
+        names = [name for name in self._files if wanted(name)]
+        if not names:
             return
         settings = LoadStateDictConfig(
             weight_mapping=self._mapping,
@@ -131,7 +133,14 @@ class LayerStream:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             device_map={"": self.device},
         )
-        info, _ = convert_and_load_state_dict_in_model(self.model, part, settings)
+        with ExitStack() as stack:  # files stay mapped no longer than they are read
+            handles = {
+                file: stack.enter_context(safe_open(file, framework="pt"))
+                for file in {self._files[name] for name in names}
+            }
+            part = {name: handles[self._files[name]].get_slice(name) for name in names}
+            info, _ = convert_and_load_state_dict_in_model(self.model, part, settings)
+            del part
         if info.mismatched_keys or info.conversion_errors:
             fault = next(iter(info.mismatched_keys or info.conversion_errors))
             raise NotStreamableError(f"the checkpoint's {fault} does not fit the config")

@@ -2,8 +2,8 @@
 
 The map is a buffer of the experts module and a hook before its forward applies it, so the router, its
 auxiliary loss and its statistics go on in logical experts. When two choices of one token meet in one group,
-their weights add and the second is marked absent (index M), which transformers' experts skip: the merged
-layer does less work, exactly.
+the group's expert serves both; where that happens often, their weights add and the second is marked absent
+(index M), which transformers' experts skip: the merged layer does less work, and says the same.
 """
 
 # T tokens, K active experts, E logical experts, M physical experts
@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+WORTH_FOLDING = 0.25
+"""Share of repeated choices from which folding saves more than the masks cost that it needs in transformers'
+experts; measured on a CPU by `benchmarks/forward_speed.py`."""
 
 
 def fold_duplicates(
@@ -117,8 +121,22 @@ def set_expert_map(module: Any, expert_map: Tensor, hook: Callable[..., Any]) ->
         module.register_forward_hook(hook)
 
 
-def skip_absent_choices(module: Any) -> None:
-    """Fold a token's equal choices from now on, where the experts' forward can be spared the repeats."""
+def repeated_share(num_groups: int, top_k: int) -> float:
+    """Share of a token's choices that meet an earlier one in its group, if choices were independent."""
+    distinct = num_groups * (1 - (1 - 1 / num_groups) ** top_k)
+    return 1 - distinct / top_k
+
+
+def skip_absent_choices(module: Any, num_groups: int, top_k: int) -> None:
+    """Fold a token's equal choices from now on, where the experts' forward can be spared the repeats.
+
+    Args:
+        module: The experts.
+        num_groups: M.
+        top_k: K.
+    """
+    if repeated_share(num_groups, top_k) < WORTH_FOLDING:
+        return
     if hasattr(module, "_is_expert_parallel"):
         # Transformers' experts skip ids >= num_experts in this mode; folded duplicates are sent there.
         module._is_expert_parallel = True

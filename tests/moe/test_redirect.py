@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from moekit.moe import expert_layers
-from moekit.moe.redirect import fold_duplicates, redirect
+from moekit.moe.redirect import fold_duplicates, redirect, repeated_share
 from torch import Tensor
 
 from .families import tiny_inputs
-from .samples import close, fresh, implement, logits, merged, modulo_map, replicated
+from .samples import close, fresh, implement, logits, merged, modulo_map, original_case, replicated
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
 
@@ -228,3 +228,24 @@ def test_any_number_of_experts_down_to_fewer_than_top_k(num_kept: int, implement
     one = implement(merged("qwen3_moe", num_kept), implementation)
     many = implement(replicated("qwen3_moe", num_kept), implementation)
     close(logits(one, tiny_inputs(one)), logits(many, tiny_inputs(many)))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3"])
+def test_folded_and_unfolded_choices_say_the_same(family, implementation, monkeypatch):
+    _, inputs, _ = original_case(family)
+    expected = logits(implement(replicated(family, 2), implementation), inputs)
+    for worth in (0.0, 1.0):
+        monkeypatch.setattr("moekit.moe.redirect.WORTH_FOLDING", worth)
+        model = merged(family, 2)
+        assert any(layer.experts_module._is_expert_parallel for layer in expert_layers(model)) == (worth == 0)
+        close(logits(implement(model, implementation), inputs), expected)
+
+
+def test_choices_are_folded_where_many_repeat():
+    assert repeated_share(8, 1) == 0
+    assert repeated_share(1, 4) == pytest.approx(0.75)
+    assert repeated_share(4, 2) == pytest.approx(1 - 4 * (1 - 0.75**2) / 2)
+    few, many = merged("qwen3_moe", 6), merged("qwen3_moe", 2)
+    assert not any(layer.experts_module._is_expert_parallel for layer in expert_layers(few))
+    assert all(layer.experts_module._is_expert_parallel for layer in expert_layers(many))

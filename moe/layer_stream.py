@@ -7,7 +7,10 @@ everything else that a layer is given are as always.
 
 # B batch, S sequence, D hidden width
 
+import ctypes
+import gc
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -104,6 +107,7 @@ class LayerStream:
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if buffer.is_floating_point():
                     module._buffers[name] = buffer.to("meta")
+        give_back_memory()
 
     def expert_layers(self, index: int) -> list[ExpertLayer]:
         """The expert layers within a decoder layer; the model has to be asked anew after each change."""
@@ -209,6 +213,14 @@ class HiddenFiles:
         """Remove what a layer has read."""
         for path in self.folder.glob(f"into-{layer}-*.safetensors"):
             path.unlink()
+
+
+def give_back_memory() -> None:
+    """Return to the system what is no longer used; glibc keeps it, in pieces, layer by layer."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

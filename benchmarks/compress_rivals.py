@@ -1,6 +1,6 @@
 """Every method of compression on the same models, calibration tokens and numbers of experts, and healed.
 
-    python benchmarks/compress_rivals.py --model MODEL --name NAME --data valid.jsonl.gz --train train.jsonl.gz
+    python benchmarks/compress_rivals.py --model MODEL --name NAME --data valid.jsonl.gz --train train.gz
     python benchmarks/rivals_report.py
 
 Methods have the defaults of their papers, which are those of `moekit compress`; nothing is tuned for one of
@@ -25,6 +25,7 @@ import torch
 import tyro
 from compress_quality import accuracies
 from moekit.compress import METHODS, apply_plan, compare_models, generate_completions, loop_share
+from moekit.compress.budget import sensitivity_counts
 from moekit.distill import DistillTrainer, StudentInTraining, train_only_routers
 from moekit.distill.teachers import ModelTeacher
 from moekit.moe import expert_layers, load_documents, split_blocks, token_blocks
@@ -48,6 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "REAP, by sensitivity": {"method": "reap", "grouping": "sensitivity"},
     "M-SMoE, by sensitivity": {"method": "m-smoe", "grouping": "sensitivity"},
     "EAN": {"method": "ean"},
+    "EAN, by sensitivity": {"method": "ean", "grouping": "sensitivity"},
     "frequency": {"method": "frequency"},
     "routing weight": {"method": "routing-weight"},
     "MAN": {"method": "man"},
@@ -167,12 +169,13 @@ def compress(
     given = {"samples": samples} if needs_samples else {}
     if options.get("grouping") == "sensitivity":
 
-        def alone(part: Any) -> Any:
+        def alone(part: Any, kept: int) -> Any:
             own = {layer.name: statistics.layers[layer.name] for layer in part}
-            return planner(part, RoutingStatistics(layers=own), grouping="uniform", **given)
+            return planner(part, RoutingStatistics(layers=own), experts=kept, grouping="uniform", **given)
 
+        counts = sensitivity_counts(layers, experts=experts)
         options["sensitivities"] = layer_sensitivities(
-            model, layers, blocks, alone, batch_size=8, samples=samples
+            model, layers, blocks, counts, alone, batch_size=8, samples=samples
         )
     apply_plan(model, planner(layers, statistics, **options, **given), samples=samples)
     return model
@@ -180,6 +183,7 @@ def compress(
 
 def heal(setting: Setting, model: Any, stage: str, seed: int) -> None:
     """Train in place."""
+    model.requires_grad_(True)  # it is a copy of the original, which as a teacher is frozen
     if stage == "router":
         train_only_routers(model)
     config = setting.config
@@ -233,9 +237,8 @@ def main(config: RivalsConfig) -> None:
         statistics = record(setting.original, layers, blocks, 8, samples=samples)
         for experts in config.experts:
             for arm in config.arms:
-                stages = [
-                    stage for stage in config.stages if stage == "one-shot" or _heals(config, arm, experts)
-                ]
+                heals = arm in HEALED and experts in config.healed_experts
+                stages = [stage for stage in config.stages if stage == "one-shot" or heals]
                 keys = [(config.name, arm, experts, seed, stage) for stage in stages]
                 if not set(keys) - done:
                     continue

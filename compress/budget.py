@@ -7,7 +7,7 @@ layer facts, never weights.
 # E experts, M kept experts
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..moe.layer import ExpertLayer
 from ..moe.statistics import RoutingStatistics
+from .allocation import counts_to_measure, least_loss, losses_between, possible_counts
 from .grouping import adaptive_group_counts, uniform_group_counts
 from .plan import check_unmerged
 
@@ -41,14 +42,14 @@ class Budget:
 
 def share_experts(
     layers: Sequence[ExpertLayer],
-    statistics: RoutingStatistics,
+    statistics: RoutingStatistics | None,
     *,
     experts: int | None = None,
     ratio: float | None = None,
     grouping: str = "adaptive",
     exclude_layers: Collection[int] = (),
     layer_experts: Sequence[int] = (),
-    sensitivities: Sequence[float] = (),
+    sensitivities: Sequence[Mapping[int, float]] = (),
     ties: str = "exact",
 ) -> Budget:
     """Decide how many experts each layer keeps.
@@ -58,16 +59,16 @@ def share_experts(
 
     Args:
         layers: All MoE layers of the model.
-        statistics: How they routed.
+        statistics: How they routed; None for methods that do not read it.
         experts: Experts to keep in each merged layer, on average unless ``uniform``. Give this, ``ratio`` or
             ``layer_experts``.
         ratio: Share of the experts of each merged layer to keep, in (0, 1]; rounded to whole experts.
         grouping: ``adaptive`` gives more to layers that use many experts, ``uniform`` the same to all,
-            ``sensitivity`` more to those that are hurt more.
+            ``sensitivity`` those numbers whose losses, as measured, have the least sum.
         exclude_layers: Indices into ``layers`` of layers that stay as they are.
         layer_experts: Experts to keep in each layer, one number each.
-        sensitivities: For ``sensitivity``: loss of the model when one layer alone keeps the asked number, one
-            for each layer.
+        sensitivities: For ``sensitivity``: for each layer the loss of the model when that layer alone keeps
+            so many experts, at the numbers of ``sensitivity_counts``; empty for layers that stay as they are.
         ties: See ``adaptive_group_counts``.
 
     Returns:
@@ -87,34 +88,24 @@ def share_experts(
         raise ValueError(f"ratio={ratio} is not a share in (0, 1], the part of the experts to keep")
     check_unmerged(layers)
     check_statistics(layers, statistics)
-    outside = sorted(set(exclude_layers) - set(range(len(layers))))
-    if outside:
-        raise ValueError(
-            f"exclude_layers names layer {outside[0]}; the MoE layers are 0 to {len(layers) - 1}"
-        )
-    silent = [i for i, layer in enumerate(layers) if not _num_tokens(layer, statistics)]
+    if statistics is None and grouping == "adaptive":
+        raise ValueError("grouping='adaptive' reads how often experts are used; give routing statistics")
+    silent = _silent(layers, statistics)
     untouched = frozenset({*exclude_layers, *silent})
-    merged = [i for i in range(len(layers)) if i not in untouched]
-    if not merged:
-        raise ValueError(
-            f"no layer is left to compress: of {len(layers)}, {len(set(exclude_layers))} are excluded and "
-            f"{len(silent)} saw no token; exclude fewer, or record the routing on data that reaches them"
-        )
-    targets = [_target(layers[i], experts, ratio) for i in merged]
-    usage_LE = [_counts(layer, statistics) for layer in layers]
-    minimum = max(layers[i].top_k for i in merged)
-    if grouping == "adaptive":
-        average = sum(targets) / len(targets)
+    targets = {i: _target(layers[i], experts, ratio) for i in _merged(layers, exclude_layers, silent)}
+    if statistics is not None and grouping == "adaptive":
+        usage_LE = [_counts(layer, statistics) for layer in layers]
+        minimum = max(layers[i].top_k for i in targets)
+        average = sum(targets.values()) / len(targets)
         shared = adaptive_group_counts(usage_LE, average, excluded=untouched, minimum=minimum, ties=ties)
         num_kept, requested = shared.num_groups, shared.requested
     elif grouping == "sensitivity":
-        num_kept = _by_sensitivity(layers, dict(zip(merged, targets, strict=True)), sensitivities)
+        num_kept = _by_sensitivity(layers, targets, sensitivities)
         requested = sum(num_kept)
     else:
-        by_layer = dict(zip(merged, targets, strict=True))
         # One call for each layer, for a ratio gives layers of other sizes other numbers.
         num_kept = tuple(
-            uniform_group_counts([layer.num_experts], by_layer.get(i, layer.num_experts)).actual
+            uniform_group_counts([layer.num_experts], targets.get(i, layer.num_experts)).actual
             for i, layer in enumerate(layers)
         )
         requested = sum(num_kept)
@@ -122,15 +113,44 @@ def share_experts(
     notes += [
         f"layer {layers[i].name!r} saw no token and stays as it is" for i in silent if i not in exclude_layers
     ]
-    settings = {"experts": experts, "ratio": ratio, "exclude_layers": sorted(exclude_layers)}
+    settings: dict[str, Any] = {
+        "experts": experts,
+        "ratio": ratio,
+        "exclude_layers": sorted(exclude_layers),
+    }
+    if grouping == "sensitivity":
+        settings["sensitivities"] = [
+            ", ".join(f"{m}: {loss:.4g}" for m, loss in sorted(losses.items())) for losses in sensitivities
+        ]
     return Budget(
         num_kept=num_kept, requested=requested, untouched=untouched, notes=tuple(notes), settings=settings
     )
 
 
+def sensitivity_counts(
+    layers: Sequence[ExpertLayer],
+    *,
+    experts: int | None = None,
+    ratio: float | None = None,
+    exclude_layers: Collection[int] = (),
+) -> list[tuple[int, ...]]:
+    """Numbers of experts at which each layer's loss is to be measured for ``grouping="sensitivity"``.
+
+    Args:
+        layers: All MoE layers of the model.
+        experts: As for `share_experts`.
+        ratio: As for `share_experts`.
+        exclude_layers: Layers that stay as they are, of which there is nothing to measure.
+    """
+    return [
+        () if index in exclude_layers else counts_to_measure(layer, _target(layer, experts, ratio))
+        for index, layer in enumerate(layers)
+    ]
+
+
 def _given(
     layers: Sequence[ExpertLayer],
-    statistics: RoutingStatistics,
+    statistics: RoutingStatistics | None,
     layer_experts: Sequence[int],
     *,
     experts: int | None,
@@ -146,7 +166,7 @@ def _given(
     for layer, number in zip(layers, layer_experts, strict=True):
         _target(layer, number, None)
     untouched = {i for i, layer in enumerate(layers) if layer_experts[i] == layer.num_experts}
-    if silent := [i for i, x in enumerate(layers) if i not in untouched and not _num_tokens(x, statistics)]:
+    if silent := [i for i in _silent(layers, statistics) if i not in untouched]:
         raise ValueError(
             f"layer {layers[silent[0]].name!r} saw no token, so nothing is known of its experts; let it keep "
             f"all {layers[silent[0]].num_experts}, or record the routing on data that reaches it"
@@ -161,34 +181,23 @@ def _given(
 
 
 def _by_sensitivity(
-    layers: Sequence[ExpertLayer], targets: dict[int, int], sensitivities: Sequence[float]
+    layers: Sequence[ExpertLayer], targets: dict[int, int], sensitivities: Sequence[Mapping[int, float]]
 ) -> tuple[int, ...]:
-    """Numbers of experts with the least loss in sum, if a layer's loss grows with the square of its cut.
-
-    That is ``s_l ((E - m) / (E - M))^2``, with s_l measured at M. Experts are taken away one at a time where
-    that costs least, which is exact for losses that grow ever faster.
-    """
+    """Numbers of experts whose measured losses have the least sum, the total as asked."""
     if len(sensitivities) != len(layers):
         raise ValueError(
-            f"grouping='sensitivity' needs a loss for each of {len(layers)} MoE layers, "
+            f"grouping='sensitivity' needs the losses of each of {len(layers)} MoE layers, "
             f"got {len(sensitivities)}"
         )
-    if not all(0 <= value < math.inf for value in sensitivities):
-        raise ValueError(f"sensitivities={list(sensitivities)} must be finite and not negative")
-    kept = [layer.num_experts for layer in layers]
-    scale = {
-        i: max(sensitivities[i], 1e-12) / max(1, layers[i].num_experts - number) ** 2
-        for i, number in targets.items()
-    }
-
-    def cost(i: int) -> float:
-        """Of one expert less in layer i."""
-        cut = layers[i].num_experts - kept[i]
-        return scale[i] * ((cut + 1) ** 2 - cut**2)
-
-    for _ in range(sum(layers[i].num_experts - number for i, number in targets.items())):
-        kept[min((i for i in targets if kept[i] > layers[i].top_k), key=cost)] -= 1
-    return tuple(kept)
+    possible, losses = [], []
+    for i, asked in targets.items():
+        possible.append(possible_counts(layers[i], asked))
+        try:
+            losses.append(losses_between(sensitivities[i], possible[-1], layers[i].num_experts))
+        except ValueError as error:
+            raise ValueError(f"sensitivities of layer {layers[i].name!r}: {error}") from None
+    kept = dict(zip(targets, least_loss(losses, possible, sum(targets.values())), strict=True))
+    return tuple(kept.get(i, layer.num_experts) for i, layer in enumerate(layers))
 
 
 def choose_cores(
@@ -241,12 +250,14 @@ def choose_cores(
     return chosen
 
 
-def check_statistics(layers: Sequence[ExpertLayer], statistics: RoutingStatistics) -> None:
-    """Refuse statistics that were recorded on another model.
+def check_statistics(layers: Sequence[ExpertLayer], statistics: RoutingStatistics | None) -> None:
+    """Refuse statistics that were recorded on another model; None says nothing of any.
 
     Raises:
         ValueError: They know a layer that the model has not, or another number of experts, or no layer.
     """
+    if statistics is None:
+        return
     if not statistics.layers:
         raise ValueError("the routing statistics are empty; record them on some text first")
     sizes = {layer.name: layer.num_experts for layer in layers}
@@ -260,8 +271,30 @@ def check_statistics(layers: Sequence[ExpertLayer], statistics: RoutingStatistic
             )
 
 
-def _num_tokens(layer: ExpertLayer, statistics: RoutingStatistics) -> int:
-    return statistics.layers[layer.name].num_tokens if layer.name in statistics.layers else 0
+def _merged(
+    layers: Sequence[ExpertLayer], exclude_layers: Collection[int], silent: Collection[int]
+) -> list[int]:
+    """Layers that do not stay as they are."""
+    outside = sorted(set(exclude_layers) - set(range(len(layers))))
+    if outside:
+        raise ValueError(
+            f"exclude_layers names layer {outside[0]}; the MoE layers are 0 to {len(layers) - 1}"
+        )
+    merged = [i for i in range(len(layers)) if i not in exclude_layers and i not in silent]
+    if not merged:
+        raise ValueError(
+            f"no layer is left to compress: of {len(layers)}, {len(set(exclude_layers))} are excluded and "
+            f"{len(silent)} saw no token; exclude fewer, or record the routing on data that reaches them"
+        )
+    return merged
+
+
+def _silent(layers: Sequence[ExpertLayer], statistics: RoutingStatistics | None) -> list[int]:
+    """Layers that saw no token, as far as anything is known."""
+    if statistics is None:
+        return []
+    known = statistics.layers
+    return [i for i, x in enumerate(layers) if x.name not in known or not known[x.name].num_tokens]
 
 
 def _counts(layer: ExpertLayer, statistics: RoutingStatistics) -> Tensor:

@@ -5,7 +5,7 @@ Reads routing statistics, and weights only where they are asked for; changes not
 
 # E experts, M groups
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -40,7 +40,7 @@ def plan_m_smoe(
     form: str = "moekit",
     exclude_layers: Collection[int] = (),
     layer_experts: Sequence[int] = (),
-    sensitivities: Sequence[float] = (),
+    sensitivities: Sequence[Mapping[int, float]] = (),
     protect: bool = True,
     capacity: int | None = None,
     ties: str = "exact",

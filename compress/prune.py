@@ -19,7 +19,7 @@ from .scores import NEEDS_NO_DATA, SCORES
 
 def plan_pruning(
     layers: Sequence[ExpertLayer],
-    statistics: RoutingStatistics,
+    statistics: RoutingStatistics | None,
     *,
     score: str,
     grouping: str = "uniform",
@@ -34,7 +34,8 @@ def plan_pruning(
 
     Args:
         layers: ``expert_layers(model)``.
-        statistics: Routing of calibration data.
+        statistics: Routing of calibration data; scores that read none (``NEEDS_NO_DATA``) also take None, and
+            then no super expert is known.
         score: One of ``SCORES``.
         grouping: How many experts each layer keeps, one of ``SHARES``.
         form: ``moekit`` or ``stock``.
@@ -47,16 +48,20 @@ def plan_pruning(
     """
     if score not in SCORES:
         raise ValueError(f"score={score!r} is not one of {', '.join(SCORES)}")
+    if statistics is None and score not in NEEDS_NO_DATA:
+        raise ValueError(
+            f"score={score!r} reads the routing of calibration data, which is missing; record it, or take "
+            f"one of {', '.join(sorted(NEEDS_NO_DATA))}"
+        )
     shares = share_experts(layers, statistics, grouping=grouping, **budget)
-    protected = super_experts(statistics) if protect else {}
+    protected = super_experts(statistics) if protect and statistics is not None else {}
     planned, notes = [], []
     for index, (layer, num_kept) in enumerate(zip(layers, shares.num_kept, strict=True)):
         if index in shares.untouched:
             planned.append(keep_experts(layer.name, layer.num_experts, layer.top_k))
             continue
-        known = statistics.layers[layer.name]
-        unseen = known.too_few(1)
-        if unseen and score not in NEEDS_NO_DATA:
+        known = None if statistics is None else statistics.layers[layer.name]
+        if known is not None and score not in NEEDS_NO_DATA and (unseen := known.too_few(1)):
             notes.append(f"layer {layer.name!r}: no token chose the experts {unseen}; they count as 0")
         scores_E = SCORES[score](layer, known, seed=seed)
         planned.append(_best(layer, scores_E, num_kept, protected.get(layer.name, ())))

@@ -164,14 +164,14 @@ def skeleton(source: ModelSource, dtype: torch.dtype | None = None) -> PreTraine
     Raises:
         ValueError: The config contradicts itself.
     """
-    dtype = dtype or source.config.dtype or torch.float32
+    wanted: Any = dtype or source.config.dtype or torch.float32
     kind = model_class(source.config)
     with (
         torch.device("meta"),
         _quietly(),
         _explained(f"no model can be built from the config of '{source.name}'"),
     ):
-        model = kind._from_config(source.config, dtype=dtype)
+        model = kind._from_config(source.config, dtype=wanted)
     if _quantisation(source.config) == METHOD:
         with _explained(f"the quantization_config of '{source.name}' cannot be carried out"):
             _rebuild(model, _quantisation_table(source.config))

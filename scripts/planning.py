@@ -1,11 +1,11 @@
 """How `moekit compress` comes by its plan: the user's, a planner's, or layer by layer."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..compress.budget import sensitivity_counts
 from ..compress.m_smoe import plan_m_smoe
 from ..compress.methods import METHODS, NEEDS_SAMPLES
 from ..compress.plan import NEEDS_SAMPLES as ALIGNS_BY_SAMPLES
@@ -30,7 +30,7 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
     even, said = even_statistics(layers), planner_options(options)
     said.pop("similarity", None)  # all of a layer's weights, for "weights": too much for a trial
     if options.grouping == "sensitivity":
-        said["sensitivities"] = [1.0] * len(layers)
+        said["grouping"] = "uniform"  # what each layer can stand is not known yet
     if options.method not in NEEDS_SAMPLES:
         # The weights that scores without data read may not be there yet; any score asks the routers the same.
         method = "frequency" if options.method in NEEDS_NO_DATA else options.method
@@ -38,8 +38,7 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
         return
     # Without tokens to compare experts on, a merge of the same size behind the same router.
     router = said.get("router", "slice" if options.method == "ream" else "redirect")
-    sizes = budget_options(options) | {"sensitivities": said.get("sensitivities", ())}
-    plan_m_smoe(layers, even, grouping="uniform", router=router, form=options.form, **sizes)
+    plan_m_smoe(layers, even, grouping="uniform", router=router, form=options.form, **budget_options(options))
 
 
 def needs_samples(job: Job) -> bool:
@@ -59,17 +58,38 @@ def make_plan(
         return job.plan
     said = planner_options(job.options)
     if job.options.grouping == "sensitivity":
-        step(f"Measuring what {len(layers)} layers suffer from being cut alone")
-        said["sensitivities"] = layer_sensitivities(
-            model,
-            layers,
-            job.texts.calibration,
-            partial(_planned, job, calibration, **(said | {"grouping": "uniform", "exclude_layers": ()})),
-            batch_size=job.options.batch_size,
-            samples=calibration.samples,
-            progress=is_interactive(),
-        )
+        said["sensitivities"] = _sensitivities(job, model, layers, calibration, said)
     return with_low_rank(_planned(job, calibration, layers, **said), job.options)
+
+
+def _sensitivities(
+    job: Job,
+    model: PreTrainedModel,
+    layers: list[ExpertLayer],
+    calibration: Calibration,
+    said: dict[str, Any],
+) -> list[dict[int, float]]:
+    """What each layer suffers alone, where tokens reach it."""
+    step(f"Measuring what {len(layers)} layers suffer from being cut alone")
+    known = calibration.statistics.layers
+    silent = {index for index, layer in enumerate(layers) if layer.name not in known}
+    options = budget_options(job.options)
+    options["exclude_layers"] = {*options["exclude_layers"], *silent}
+
+    def plan_layers(part: list[ExpertLayer], kept: int) -> CompressionPlan:
+        alone = {"grouping": "uniform", "experts": kept, "ratio": None, "exclude_layers": ()}
+        return _planned(job, calibration, part, **(said | alone))
+
+    return layer_sensitivities(
+        model,
+        layers,
+        job.texts.calibration,
+        sensitivity_counts(layers, **options),
+        plan_layers,
+        batch_size=job.options.batch_size,
+        samples=calibration.samples,
+        progress=is_interactive(),
+    )
 
 
 def with_low_rank(plan: CompressionPlan, options: CompressOptions) -> CompressionPlan:

@@ -74,6 +74,7 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
     _check_options(options, replace=replace)
     source = open_source(options.model)
     check_healing(options, is_encoder_decoder=source.config.is_encoder_decoder)
+    _check_grouping(options, is_encoder_decoder=source.config.is_encoder_decoder)
     model = skeleton(source)
     layers = expert_layers(model)
     plan = None if options.plan is None else CompressionPlan.load(options.plan)
@@ -107,7 +108,8 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
 def _does_without_data(options: CompressOptions) -> bool:
     """Whether nothing that is asked for reads any text."""
     reads_use = options.grouping in ("adaptive", "sensitivity") or options.plan is not None
-    is_judged = options.report or options.heal != "none" or options.data is not None
+    has_report = options.report and not options.plan_only
+    is_judged = has_report or options.heal != "none" or options.data is not None
     return options.method in NEEDS_NO_DATA and not (reads_use or is_judged)
 
 
@@ -189,6 +191,26 @@ def _check_planned(options: CompressOptions) -> None:
         raise ValueError(
             "--form stock has one number of experts for all layers, so --exclude-layers cannot be; leave it "
             "out, or take --form moekit"
+        )
+
+
+def _check_grouping(options: CompressOptions, *, is_encoder_decoder: bool) -> None:
+    """Refuse numbers of experts that are decided in two ways, or in one that this model or form has not."""
+    shared = options.grouping in ("adaptive", "sensitivity")
+    if shared and options.layer_experts:
+        raise ValueError(
+            "--layer-experts says how many each layer keeps, which "
+            f"--grouping {options.grouping} would find out; give either"
+        )
+    if shared and options.form == "stock":
+        raise ValueError(
+            "form='stock' needs the same number of experts in every layer, which "
+            f"--grouping {options.grouping} does not give; use --grouping uniform, or --form moekit"
+        )
+    if options.grouping == "sensitivity" and is_encoder_decoder:
+        raise ValueError(
+            "--grouping sensitivity compares the next tokens of a decoder; this model is an encoder-decoder: "
+            "use --grouping adaptive, uniform, or --layer-experts"
         )
 
 

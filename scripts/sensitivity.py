@@ -3,7 +3,7 @@
 # T tokens, D hidden width, V vocabulary
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..moe.language_head import hidden_states, logit_scale
 from ..moe.layer import ExpertLayer
 from ..moe.samples import InputSamples
 
-MAX_TOKENS = 8192
+MAX_TOKENS = 4096
 """Of the calibration text that every cut is judged on."""
 LOGIT_BYTES = 64 * 2**20
 """Of the logits that are held at a time."""
@@ -30,25 +30,30 @@ def layer_sensitivities(
     model: PreTrainedModel,
     layers: list[ExpertLayer],
     blocks: TokenBlocks,
-    plan_layers: Callable[[list[ExpertLayer]], CompressionPlan],
+    counts: Sequence[Sequence[int]],
+    plan_layers: Callable[[list[ExpertLayer], int], CompressionPlan],
     *,
     batch_size: int,
     samples: InputSamples | None = None,
     progress: bool = False,
-) -> list[float]:
+) -> list[dict[int, float]]:
     """KL from the model to itself with one layer compressed, for every layer, nats a token.
 
-    Beside the model there are the hidden states of at most 8,192 tokens and a copy of one layer; logits are
+    Beside the model there are the hidden states of at most 4,096 tokens and a copy of one layer; logits are
     made in chunks. The model is left as it was.
 
     Args:
         model: A causal language model.
         layers: Its MoE layers.
         blocks: Calibration text, of which the first blocks are used.
-        plan_layers: Plans a list of layers at the asked number of experts, all alike.
+        counts: Numbers of experts to compress each layer to, by ``sensitivity_counts``.
+        plan_layers: Plans a list of layers that keep so many experts.
         batch_size: Blocks at a time.
         samples: For alignments that need them.
         progress: Show a progress bar.
+
+    Returns:
+        For each layer its losses by number of experts.
 
     Raises:
         ValueError: The model's logits cannot be made of what its head reads.
@@ -60,19 +65,21 @@ def layer_sensitivities(
     def logits(hidden_TD: Tensor) -> Tensor:
         return scale(head(hidden_TD.to(model.device)).float())
 
+    found: list[dict[int, float]] = [{} for _ in layers]
+    cuts = [(index, kept) for index, numbers in enumerate(counts) for kept in numbers]
     with evaluating(model):
         before_TD = _hidden(model, head, part, batch_size)
-        found = []
-        for layer in tqdm(layers, desc="cutting alone", unit="layer", disable=not progress):
+        for index, kept in tqdm(cuts, desc="cutting alone", unit="cut", disable=not progress):
+            layer = layers[index]
             model.set_submodule(layer.name, copy.deepcopy(layer.block))
             try:
                 stand_in = next(other for other in expert_layers(model) if other.name == layer.name)
-                plan = plan_layers([stand_in])
+                plan = plan_layers([stand_in], kept)
                 apply_layer(stand_in, plan.layers[0], plan, samples)
                 after_TD = _hidden(model, head, part, batch_size)
             finally:
                 model.set_submodule(layer.name, layer.block)
-            found.append(_mean_kl(before_TD, after_TD, logits))
+            found[index][kept] = _mean_kl(before_TD, after_TD, logits)
     return found
 
 
@@ -96,7 +103,7 @@ def _mean_kl(before_TD: Tensor, after_TD: Tensor, logits: Callable[[Tensor], Ten
             .double()
             .cpu()
         )
-    return float(total / len(before_TD))
+    return max(0.0, float(total / len(before_TD)))  # rounding may leave less where nothing has changed
 
 
 def _chunks(

@@ -1,6 +1,7 @@
 """AIMER: how peaked an expert's weights are; needs no data."""
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from ...moe.layer import ExpertLayer
@@ -8,10 +9,11 @@ from ...moe.statistics import LayerStatistics
 
 
 @torch.no_grad()
-def aimer(layer: ExpertLayer, statistics: LayerStatistics, *, seed: int = 0) -> Tensor:
+def aimer(layer: ExpertLayer, statistics: LayerStatistics | None, *, seed: int = 0) -> Float64[Tensor, " E"]:
     """``-mean |w| / sqrt(mean w^2)`` over all entries of an expert's matrices, ``[E]``.
 
-    Gaussian weights have 0.798; experts with heavier tails have less, and are kept.
+    Gaussian weights have -0.798; experts with heavier tails have more, and are kept. -1, the least there is,
+    for an expert whose weights are all of one size, or all zero.
 
     Reference: AIMER, arXiv:2603.18492.
     """
@@ -21,5 +23,6 @@ def aimer(layer: ExpertLayer, statistics: LayerStatistics, *, seed: int = 0) -> 
         size = sum(matrix.numel() for matrix in matrices)
         norm_1 = torch.stack([torch.linalg.vector_norm(m, 1, dtype=torch.float32) for m in matrices]).sum()
         norm_2 = torch.stack([torch.linalg.vector_norm(m, 2, dtype=torch.float32) for m in matrices]).norm()
-        scores.append(-(norm_1 / size) / (norm_2 / size**0.5).clamp_min(1e-30))
+        peak = (norm_1 / size) / (norm_2 / size**0.5).clamp_min(1e-30)
+        scores.append(-torch.where(norm_2 > 0, peak, 1.0))
     return torch.stack(scores).double().cpu()

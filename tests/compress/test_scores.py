@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 from moekit.compress import METHODS, SCORES, apply_plan
-from moekit.compress.protection import super_experts
 from moekit.moe import expert_layers, record_routing
-from moekit.moe.statistics import LayerStatistics, RoutingStatistics
+from moekit.moe.statistics import LayerStatistics
 
 from ..moe.samples import close, fresh_case, logits
 from .plan_samples import layers_of, statistics
@@ -77,6 +76,31 @@ def test_aimer_prunes_flat_weights_first():
     assert all(-math.sqrt(2 / math.pi) * 1.1 < score < -math.sqrt(2 / math.pi) * 0.9 for score in gaussian)
 
 
+def test_aimer_drops_an_expert_of_zeros():
+    model, _, _ = fresh_case("qwen3_moe")
+    layer = expert_layers(model)[0]
+    with torch.no_grad():
+        for _, tensor in layer.experts()[2].named_tensors():
+            tensor.zero_()
+    scores_E = SCORES["aimer"](layer, None)
+    assert scores_E.argmin() == 2
+    assert scores_E[2] == -1
+
+
+@pytest.mark.parametrize("name", ["aimer", "random"])
+def test_scores_without_data_plan_without_statistics(name):
+    layers = layers_of("qwen3_moe")
+    blind = METHODS[name](layers, None, experts=4, seed=3)
+    seeing = METHODS[name](layers, statistics("qwen3_moe"), experts=4, seed=3)
+    assert blind.layers == seeing.layers
+    given = METHODS[name](layers, None, layer_experts=(8, 3, 5))
+    assert [layer.num_kept for layer in given.layers] == [8, 3, 5]
+    with pytest.raises(ValueError, match="grouping='adaptive' reads how often experts are used"):
+        METHODS[name](layers, None, experts=4, grouping="adaptive")
+    with pytest.raises(ValueError, match="score='reap' reads the routing of calibration data"):
+        METHODS["reap"](layers, None, experts=4)
+
+
 def test_random_scores_follow_seed_and_layer():
     first, second = layers_of("qwen3_moe")[:2]
     table = statistics("qwen3_moe").layers[first.name]
@@ -96,9 +120,8 @@ def test_the_best_experts_stay(name, family):
         scores_E = SCORES[name](layer, table.layers[layer.name], seed=0)
         best = scores_E.argsort(descending=True, stable=True)[:4].tolist()
         assert planned.cores == sorted(best)
-    assert METHODS[name](layers, table, experts=layers[0].num_experts).actual_experts == sum(
-        layer.num_experts for layer in layers
-    )
+    whole = METHODS[name](layers, table, experts=layers[0].num_experts)
+    assert all(layer.is_identity for layer in whole.layers)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -148,30 +171,6 @@ def test_scores_do_not_depend_on_batches_or_padding():
         for name in WITH_DATA:
             one, other = (SCORES[name](layer, table.layers[layer.name]) for table in (whole, parts))
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-def with_outlier(family: str, layer: int, expert: int) -> RoutingStatistics:
-    """The family's statistics as those of a model of many experts, one of them with huge outputs."""
-    table = copy.deepcopy(statistics(family))
-    name = list(table.layers)[layer]
-    table.layers[name].max_output_norm[expert] = 1e6
-    return table
-
-
-@pytest.mark.parametrize("name", ["reap", "m-smoe"])
-def test_super_experts_stay_alone(name, monkeypatch):
-    layers = layers_of("qwen3_moe")
-    least = int(statistics("qwen3_moe").layers[layers[1].name].gated_output_norm_sums.argmin())
-    table = with_outlier("qwen3_moe", 1, least)
-    table.layers[layers[1].name].counts[least] = 1
-    assert super_experts(table) == {}
-    monkeypatch.setattr("moekit.compress.protection.MIN_EXPERTS", 10)
-    assert super_experts(table) == {layers[1].name: [least]}
-    plan = METHODS[name](layers, table, experts=3, grouping="uniform")
-    assert [g.experts for g in plan.layers[1].groups if least in g.experts] == [(least,)]
-    assert plan.settings["protected"] == [f"{layers[1].name} expert {least}"]
-    free = METHODS[name](layers, table, experts=3, grouping="uniform", protect=False)
-    assert [g.experts for g in free.layers[1].groups if least in g.experts] != [(least,)]
 
 
 def test_unseen_experts_are_named():

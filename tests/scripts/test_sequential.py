@@ -73,11 +73,15 @@ def test_sensitivities_are_those_of_single_cuts_and_leave_the_model():
     table = record(model, layers, blocks, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def planner(part):
+    def planner(part, kept):
         known = RoutingStatistics(layers={layer.name: table.layers[layer.name] for layer in part})
-        return METHODS["reap"](part, known, experts=2)
+        return METHODS["reap"](part, known, experts=kept)
 
-    found = layer_sensitivities(model, layers, blocks, planner, batch_size=2)
+    counts = [(2, 4), (2, 8), (2,)]
+    found = layer_sensitivities(model, layers, blocks, counts, planner, batch_size=2)
+    assert [tuple(losses) for losses in found] == counts
+    assert found[1][8] == 0
+    assert found[0][4] < found[0][2]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     mask = blocks.attention_mask.bool()
     with torch.no_grad():
@@ -90,8 +94,8 @@ def test_sensitivities_are_those_of_single_cuts_and_leave_the_model():
         with torch.no_grad():
             after = cut(input_ids=blocks.input_ids, attention_mask=blocks.attention_mask).logits[mask]
         kl = (base.softmax(-1) * (base.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean()
-        assert found[number] == pytest.approx(float(kl), rel=1e-3), layer.name
-    assert min(found) > 0
+        assert found[number][2] == pytest.approx(float(kl), rel=1e-3), layer.name
+    assert min(losses[2] for losses in found) > 0
 
 
 def run(checkpoint, data, out, *words):
@@ -127,6 +131,13 @@ def test_commands(checkpoint, data, tmp_path, words):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_plan_of_a_method_that_reads_no_data_needs_none(checkpoint, tmp_path):
+    out = tmp_path / "plan.json"
+    words = ["compress", str(checkpoint), "--method", "aimer", "--experts", "4", "--plan-only"]
+    assert cli.main([*words, "--out", str(out)]) == 0
+    assert all(layer.num_kept == 4 for layer in CompressionPlan.load(out).layers)
+
+
 def test_a_method_that_reads_no_data_needs_none(checkpoint, tmp_path, capsys):
     assert run(checkpoint, None, tmp_path / "out", "--method", "aimer", "--experts", "4") == 0
     assert run(checkpoint, None, tmp_path / "other", "--method", "reap", "--experts", "4") == 2
@@ -138,11 +149,19 @@ def test_a_method_that_reads_no_data_needs_none(checkpoint, tmp_path, capsys):
     [
         (
             ("--method", "ream", "--experts", "4", "--grouping", "adaptive"),
-            "--sequential on plans a layer before",
+            "plan a layer before the next is known",
         ),
-        (("--method", "ream", "--layer-experts", "4", "4"), "--sequential on plans a layer before"),
+        (("--method", "ream", "--layer-experts", "4", "4"), "plan a layer before the next is known"),
         (("--experts", "4", "--layer-experts", "4", "4"), "give one of --experts, --ratio, --layer-experts"),
         (("--method", "reap", "--experts", "4", "--similarity", "outputs"), "--similarity does not apply"),
+        (
+            ("--method", "reap", "--layer-experts", "4", "4", "--grouping", "sensitivity"),
+            "--grouping sensitivity would find out; give either",
+        ),
+        (
+            ("--method", "reap", "--experts", "4", "--grouping", "sensitivity", "--form", "stock"),
+            "which --grouping sensitivity does not give",
+        ),
     ],
 )
 def test_what_cannot_be(checkpoint, data, tmp_path, capsys, words, message):

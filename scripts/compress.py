@@ -15,6 +15,7 @@ from ..moe.data import TokenBlocks
 from ..moe.discovery import expert_layers
 from ..moe.footprint import footprint
 from ..moe.layer import ExpertLayer
+from ..moe.statistics_file import FILE_NAME
 from .calibrate import Calibration, calibrate
 from .checkpoint_files import tensor_bytes
 from .console import is_interactive, show, step, warn
@@ -26,6 +27,7 @@ from .planning import make_plan, needs_samples, plan_in_sequence, try_planner
 from .prediction import predict_footprint
 from .prepare import PLAN_FILE, Job, is_sequential, plan_path, prepare
 from .record import (
+    STATISTICS_FOLDER,
     Run,
     find_warnings,
     report_content,
@@ -170,7 +172,7 @@ def _compress(job: Job, staging: Staging) -> Run:
     form = save_checkpoint(model, output, max_shard_size=options.max_shard_size)
     carry_over(job.source.folder, output)
     plan.save(output / PLAN_FILE)
-    statistics.save(output)
+    statistics.save(output / STATISTICS_FOLDER / FILE_NAME)
     reloaded, difference = verify_reload(model, output, job.texts.held_out)
     del model, layers  # room for the original
     source_bytes, written = tensor_bytes(job.source.folder), tensor_bytes(output)

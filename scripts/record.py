@@ -30,6 +30,8 @@ MIN_TOKENS = 32
 """Experts that fewer calibration tokens chose are reported as judged on too few."""
 SIZE_SHARE = 0.02
 """Difference between the original on disk and in memory that a reader of its size has to know of."""
+STATISTICS_FOLDER = "calibration"
+"""Of the routing statistics; beside the weights vLLM would read them as weights."""
 RUN_FILE = "run.json"
 FORMAT = "moekit.run"
 

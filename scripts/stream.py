@@ -27,6 +27,7 @@ from ..moe.layer_stream import HiddenFiles, LayerStream
 from ..moe.recording import record_routing
 from ..moe.samples import InputSamples, record_inputs
 from ..moe.statistics import RoutingStatistics
+from ..moe.statistics_file import FILE_NAME
 from .calibrate import model_inputs
 from .checkpoint_files import weight_files
 from .console import is_interactive, show, step
@@ -34,6 +35,7 @@ from .load import find_device, skeleton
 from .planning import needs_samples, try_planner, with_low_rank
 from .prediction import factorise_shapes, shrink
 from .prepare import PLAN_FILE, Job, is_sequential, planner_options
+from .record import STATISTICS_FOLDER
 from .sequential import joined_plan
 from .staging import Staging
 
@@ -193,7 +195,7 @@ class _Walk:
         for path in sorted(self.staging.work.glob("statistics-*.safetensors"), key=_number):
             statistics.layers |= RoutingStatistics.load(path).layers
         plan.save(output / PLAN_FILE)
-        statistics.save(output)
+        statistics.save(output / STATISTICS_FOLDER / FILE_NAME)
         return Streamed(
             plan=plan,
             statistics=statistics,

@@ -49,6 +49,7 @@ def test_a_full_run_leaves_everything_and_nothing_else(whole):
     names = {path.name for path in whole.iterdir()}
     assert names == {
         "README.md",
+        "calibration",
         "config.json",
         "figures",
         "generation_config.json",
@@ -56,12 +57,16 @@ def test_a_full_run_leaves_everything_and_nothing_else(whole):
         "plan.json",
         "report.html",
         "report.json",
-        "routing_statistics.safetensors",
         "run.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
     assert [path.name for path in whole.parent.iterdir()] == ["small"]
+
+
+def test_no_tensors_but_weights_lie_beside_the_config(whole):
+    """VLLM reads all safetensors files of a folder without an index."""
+    assert [path.name for path in whole.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_the_result_is_smaller_by_what_was_foretold(whole, checkpoint):
@@ -393,7 +398,7 @@ def test_a_killed_run_leaves_no_output_and_can_be_finished(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    name = "routing_statistics.safetensors"
+    name = "calibration/routing_statistics.safetensors"
     mine, uninterrupted = load_file(out / name), load_file(whole / name)
     assert mine.keys() == uninterrupted.keys()
     assert all(torch.equal(tensor, uninterrupted[key]) for key, tensor in mine.items())

@@ -18,6 +18,7 @@ from ..moe.layer import ExpertLayer
 from ..moe.statistics_file import FILE_NAME
 from .calibrate import Calibration, calibrate
 from .checkpoint_files import tensor_bytes
+from .compress_presets import with_preset
 from .console import is_interactive, show, step, warn
 from .heal import heal
 from .load import load_model
@@ -72,6 +73,7 @@ def run(options: CompressOptions, *, replace: bool = False) -> Path | None:
         ValueError: Something that was asked for cannot be, in almost all cases before any work.
         DiskFullError: There is no room for the result.
     """
+    options = with_preset(options)
     job = prepare(options, replace=replace)
     torch.manual_seed(options.seed)
     if options.plan_only:

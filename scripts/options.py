@@ -84,6 +84,9 @@ class CompressOptions(CommonOptions):
     """Carry out this plan, perhaps edited, instead of making one; what it settles is no longer to be said."""
     plan_only: bool = False
     """Make and show the plan, and stop."""
+    preset: Literal["none", "best"] = "none"
+    """best: what had the lowest KL in our benchmarks, --method ean with --grouping sensitivity; other values
+    that are given stand."""
     method: Method = "m-smoe"
     """m-smoe, hc-smoe and ream merge groups of experts; the others keep the experts of the highest score and
     drop the rest. aimer and random need no data. See docs/compress.md."""

@@ -8,6 +8,8 @@ from moekit.moe.data import TokenBlocks
 from moekit.moe.statistics import RoutingStatistics
 from moekit.scripts import cli
 from moekit.scripts.calibrate import record
+from moekit.scripts.compress_presets import with_preset
+from moekit.scripts.options import CompressOptions
 from moekit.scripts.sensitivity import layer_sensitivities
 from moekit.scripts.sequential import compress_in_sequence
 from safetensors.torch import load_file
@@ -115,6 +117,7 @@ def run(checkpoint, data, out, *words):
         ("--method", "reap", "--experts", "4", "--grouping", "sensitivity"),
         ("--method", "hc-smoe", "--experts", "4", "--grouping", "sensitivity"),
         ("--method", "man", "--layer-experts", "8", "4"),
+        ("--method", "reap", "--experts", "4", "--preset", "best"),
     ],
     ids=" ".join,
 )
@@ -168,3 +171,13 @@ def test_what_cannot_be(checkpoint, data, tmp_path, capsys, words, message):
     assert run(checkpoint, data, tmp_path / "out", *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_preset_leaves_what_is_said(checkpoint, data, tmp_path):
+    assert run(checkpoint, data, tmp_path / "out", "--preset", "best", "--experts", "4") == 0
+    plan = CompressionPlan.load(tmp_path / "out" / "plan.json")
+    assert (plan.method, plan.settings["grouping"]) == ("ean", "sensitivity")
+    said = CompressOptions(model="m", preset="best", grouping="uniform")
+    assert (with_preset(said).method, with_preset(said).grouping) == ("ean", "uniform")
+    plain = CompressOptions(model="m")
+    assert with_preset(plain) == plain

@@ -1,6 +1,6 @@
 """From the groups of each layer to a plan that fits the model."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -8,8 +8,26 @@ from torch import Tensor
 from ..moe.layer import ExpertLayer
 from .budget import Budget
 from .grouping import group_members
-from .layer_plan import ExpertGroup, LayerPlan
+from .layer_plan import ExpertGroup, LayerPlan, keep_experts
 from .plan import AlignmentRule, CompressionPlan, ModelIdentity
+
+
+def plan_each(
+    layers: Sequence[ExpertLayer], budget: Budget, group: Callable[[int, ExpertLayer, int], LayerPlan]
+) -> list[LayerPlan]:
+    """Plans of all layers; those that keep all their experts stay as they are.
+
+    Args:
+        layers: All MoE layers.
+        budget: How many experts each keeps.
+        group: From the index of a layer, the layer and its number of groups to its plan.
+    """
+    return [
+        keep_experts(layer.name, layer.num_experts, layer.top_k)
+        if index in budget.untouched or num_groups == layer.num_experts
+        else group(index, layer, num_groups)
+        for index, (layer, num_groups) in enumerate(zip(layers, budget.num_kept, strict=True))
+    ]
 
 
 def grouped_layer(

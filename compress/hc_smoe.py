@@ -15,9 +15,9 @@ from ..moe.samples import InputSamples
 from ..moe.statistics import RoutingStatistics
 from .budget import share_experts
 from .expert_outputs import mean_outputs, sampled_inputs
-from .group_plan import finished_plan, grouped_layer
+from .group_plan import finished_plan, grouped_layer, plan_each
 from .grouping import most_used_members
-from .layer_plan import keep_experts
+from .layer_plan import LayerPlan
 from .merging import WEIGHTINGS, group_weights
 from .plan import CompressionPlan, check_form
 from .protection import super_experts, told
@@ -74,18 +74,17 @@ def plan_hc_smoe(
             raise ValueError(f"{what}={got!r} is not one of {', '.join(allowed)}")
     shares = share_experts(layers, statistics, grouping=grouping, **budget)
     protected = super_experts(statistics) if protect else {}
-    planned = []
-    for index, (layer, num_groups) in enumerate(zip(layers, shares.num_kept, strict=True)):
-        if index in shares.untouched or num_groups == layer.num_experts:
-            planned.append(keep_experts(layer.name, layer.num_experts, layer.top_k))
-            continue
+
+    def group(index: int, layer: ExpertLayer, num_groups: int) -> LayerPlan:
         features_ED = mean_outputs(layer, sampled_inputs(layer, samples, "hc-smoe"))
         alone = protected.get(layer.name, ())
         group_of_E = cluster(features_ED, num_groups, linkage=linkage, alone=alone)
         counts_E = statistics.layers[layer.name].counts
         cores = most_used_members(group_of_E, counts_E).tolist()
         shares_E = group_weights(group_of_E, counts_E, weighting=weighting)
-        planned.append(grouped_layer(layer, group_of_E, cores, shares_E))
+        return grouped_layer(layer, group_of_E, cores, shares_E)
+
+    planned = plan_each(layers, shares, group)
     settings = {
         "grouping": grouping,
         "linkage": linkage,

@@ -14,9 +14,9 @@ from ..moe.layer import ExpertLayer
 from ..moe.statistics import LayerStatistics, RoutingStatistics
 from .alignment import align_expert, permute_expert
 from .budget import SHARES, choose_cores, share_experts
-from .group_plan import finished_plan, grouped_layer
+from .group_plan import finished_plan, grouped_layer, plan_each
 from .grouping import assign_groups, most_used_members, random_groups
-from .layer_plan import keep_experts
+from .layer_plan import LayerPlan
 from .merging import REFERENCES, WEIGHTINGS, group_weights
 from .plan import AlignmentRule, CompressionPlan, check_form
 from .protection import super_experts, told
@@ -106,24 +106,21 @@ def plan_m_smoe(
         ties=ties,
     )
     protected = super_experts(statistics) if protect and grouping != "random" else {}
-    planned = []
-    for index, (layer, num_groups) in enumerate(zip(layers, budget.num_kept, strict=True)):
-        if index in budget.untouched or num_groups == layer.num_experts:
-            planned.append(keep_experts(layer.name, layer.num_experts, layer.top_k))
-            continue
-        known = statistics.layers[layer.name]
+
+    def group(index: int, layer: ExpertLayer, num_groups: int) -> LayerPlan:
+        known, alone = statistics.layers[layer.name], protected.get(layer.name, ())
         if grouping == "random":
             group_of_E = random_groups(layer.num_experts, num_groups, seed + index)
             cores = most_used_members(group_of_E, known.counts).tolist()
         else:
-            alone = protected.get(layer.name, ())
             cores = choose_cores(layer, known.counts, num_groups, router, protected=alone)
             similarity_EE = layer_similarity(layer, known, similarity, align=alignment != "none")
             group_of_E = assign_groups(similarity_EE, known.counts, cores, capacity=capacity, alone=alone)
         shares_E = group_weights(group_of_E, known.counts, weighting=weighting)
-        planned.append(
-            grouped_layer(layer, group_of_E, cores, shares_E, first_is_reference=reference == "first")
-        )
+        first = reference == "first"
+        return grouped_layer(layer, group_of_E, cores, shares_E, first_is_reference=first)
+
+    planned = plan_each(layers, budget, group)
     settings = {
         "grouping": grouping,
         "similarity": similarity,

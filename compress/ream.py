@@ -14,8 +14,8 @@ from ..moe.samples import InputSamples
 from ..moe.statistics import LayerStatistics, RoutingStatistics
 from .budget import choose_cores, share_experts
 from .expert_outputs import cosines, gated_output_gram, sampled_inputs
-from .group_plan import finished_plan, grouped_layer
-from .layer_plan import keep_experts
+from .group_plan import finished_plan, grouped_layer, plan_each
+from .layer_plan import LayerPlan
 from .merging import group_weights
 from .plan import CompressionPlan, check_form
 from .protection import super_experts, told
@@ -67,17 +67,16 @@ def plan_ream(
         raise ValueError(f"capacity={capacity} must be at least 1")
     shares = share_experts(layers, statistics, grouping=grouping, **budget)
     protected = super_experts(statistics) if protect else {}
-    planned = []
-    for index, (layer, num_groups) in enumerate(zip(layers, shares.num_kept, strict=True)):
-        if index in shares.untouched or num_groups == layer.num_experts:
-            planned.append(keep_experts(layer.name, layer.num_experts, layer.top_k))
-            continue
+
+    def group(index: int, layer: ExpertLayer, num_groups: int) -> LayerPlan:
         known, alone = statistics.layers[layer.name], protected.get(layer.name, ())
         saliency_E = reap(layer, known)
         centroids = choose_cores(layer, saliency_E, num_groups, router, protected=alone)
         similarity_EE = ream_similarity(layer, known, sampled_inputs(layer, samples, "ream"))
         group_of_E = absorb(similarity_EE, saliency_E, centroids, capacity=capacity, alone=alone)
-        planned.append(grouped_layer(layer, group_of_E, centroids, group_weights(group_of_E, saliency_E)))
+        return grouped_layer(layer, group_of_E, centroids, group_weights(group_of_E, saliency_E))
+
+    planned = plan_each(layers, shares, group)
     settings = {"grouping": grouping, "capacity": capacity, "protected": told(protected)}
     return finished_plan(
         layers, planned, shares, settings, method="ream", form=form, router=router, alignment=alignment

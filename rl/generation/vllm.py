@@ -1,8 +1,8 @@
 """Completions by vLLM: a server behind its OpenAI-compatible interface, or an engine in this process.
 
-The server was run on a CPU, the engine not at all; no GPU was at hand. Two differences from `EmbeddedGenerator`: a seed
-gives the same samples again only under the same load, and the log-probs come from other kernels, so a trainer
-corrects for the mismatch.
+The server was run on a CPU, the engine not at all; no GPU was at hand. Two differences from
+`EmbeddedGenerator`: a seed gives the same samples again only under the same load, and the log-probs come from
+other kernels, so a trainer corrects for the mismatch.
 """
 
 import json

@@ -4,14 +4,12 @@
 
 Random Mixtral-like checkpoints of one width and 4, 8, 16 and 32 layers are written file by file, compressed
 by `moekit compress` in processes of their own, and the largest resident set of each is noted, less that of a
-process that only imports the same. Then a checkpoint of 48 layers is compressed under a limit of data memory
-(`RLIMIT_DATA`, which counts torch's own too) of half its size. Writes
-`benchmarks/results/compress_memory.json`, the figure and the table of `docs/compress.md`.
+process that only imports the same. Writes `benchmarks/results/compress_memory.json`, the figure and the table
+of `docs/compress.md`.
 """
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,7 +32,6 @@ class MemoryConfig:
     """Measure memory."""
 
     layers: tuple[int, ...] = (4, 8, 16, 32)
-    limited_layers: int = 48
     hidden_size: int = 512
     intermediate_size: int = 1024
     num_experts: int = 8
@@ -102,20 +99,14 @@ def write_checkpoint(config: MemoryConfig, folder: Path, num_layers: int) -> int
     return total
 
 
-def peak(words: list[str], limit: int | None = None) -> int:
+def peak(words: list[str]) -> int:
     """Largest resident set of a process, bytes.
 
     Args:
         words: Of the command line, after the interpreter.
-        limit: Of its data memory, bytes.
     """
-
-    def limited() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    process = subprocess.Popen([sys.executable, *words], env=environment, preexec_fn=limited)
+    process = subprocess.Popen([sys.executable, *words], env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status) != 0:
         raise SystemExit(f"failed: {' '.join(words)}")
@@ -144,15 +135,6 @@ def measure(config: MemoryConfig) -> list[dict[str, Any]]:
             rows.append(row)
             print(row, flush=True)
     return rows
-
-
-def compress_limited(config: MemoryConfig) -> dict[str, int]:
-    """Compress a checkpoint under a limit of half its size."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        size = write_checkpoint(config, folder / "model", config.limited_layers)
-        peak(command(config, folder / "model", folder / "small", "--stream"), limit=size // 2)
-    return {"layers": config.limited_layers, "checkpoint": size, "limit": size // 2}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -185,7 +167,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
 def main(config: MemoryConfig) -> None:
     """Measure, and write file, figure and table."""
     rows = measure(config)
-    text = json.dumps({"rows": rows, "limited": compress_limited(config)}, indent=1) + "\n"
+    text = json.dumps({"rows": rows}, indent=1) + "\n"
     (config.results / "compress_memory.json").write_text(text, encoding="utf-8")
     figure(rows).savefig(config.document.parent / "figures" / "compress_memory.png", dpi=120)
     document = config.document.read_text(encoding="utf-8")

@@ -43,6 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "M-SMoE": {"method": "m-smoe"},
     "M-SMoE, uniform": {"method": "m-smoe", "grouping": "uniform"},
     "HC-SMoE": {"method": "hc-smoe"},
+    "HC-SMoE, by sensitivity": {"method": "hc-smoe", "grouping": "sensitivity"},
     "REAM": {"method": "ream", "sequential": True},
     "REAP": {"method": "reap"},
     "REAP, sequential": {"method": "reap", "sequential": True},
@@ -56,7 +57,18 @@ ARMS: dict[str, dict[str, Any]] = {
     "AIMER": {"method": "aimer"},
     "random": {"method": "random"},
 }
-HEALED = ("M-SMoE", "HC-SMoE", "REAM", "REAP", "REAP, by sensitivity", "M-SMoE, by sensitivity", "frequency")
+HEALED = (
+    "M-SMoE",
+    "HC-SMoE",
+    "HC-SMoE, by sensitivity",
+    "REAM",
+    "REAP",
+    "REAP, by sensitivity",
+    "M-SMoE, by sensitivity",
+    "EAN",
+    "EAN, by sensitivity",
+    "frequency",
+)
 STAGES = ("one-shot", "router", "kd")
 LOOPS = 32
 """Prompts whose completions are looked at for loops."""

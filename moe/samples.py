@@ -7,8 +7,9 @@ whatever the batches and the padding, and a recording that is gone on with is th
 
 # T tokens, D hidden (model) width, K active experts, N tokens of the stream so far
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +34,43 @@ class LayerSample:
     """Some of the tokens that one layer's experts read, in the order in which they came. On the CPU."""
 
     num_tokens: int
-    """Tokens seen, padding not among them; the sample is of these."""
+    """Tokens of the stream so far, padding not among them; the sample is of these."""
+    starts_at: int = 0
+    """How many of them others have seen, who sample them."""
     positions: Int64[Tensor, " T"]
     """Which of them it holds, ascending, from 0."""
     inputs: Float[Tensor, "T D"]
     """What the experts read, in the model's dtype."""
     expert_ids: Int64[Tensor, "T K"]
     """Logical experts that served the token; -1 for a choice without weights or over capacity."""
+
+    @classmethod
+    def joined(cls, parts: Sequence["LayerSample"], max_tokens: int) -> "LayerSample":
+        """The sample of a stream from those of its parts, which follow each other.
+
+        Args:
+            parts: The first, then what starts where it ends, and so on; each of at most `max_tokens`.
+            max_tokens: Most tokens of the result.
+
+        Raises:
+            ValueError: A part does not start where the one before it ends.
+        """
+        for earlier, part in itertools.pairwise(parts):
+            if part.starts_at != earlier.num_tokens:
+                raise ValueError(
+                    f"a sample from token {part.starts_at} on does not follow one that ends at token "
+                    f"{earlier.num_tokens}"
+                )
+        held = [part for part in parts if len(part.positions)]
+        positions_N = torch.cat([part.positions for part in held])
+        rows_T = _priorities(positions_N).argsort()[:max_tokens].sort().values
+        return cls(
+            num_tokens=parts[-1].num_tokens,
+            starts_at=parts[0].starts_at,
+            positions=positions_N[rows_T],
+            inputs=torch.cat([part.inputs for part in held])[rows_T],
+            expert_ids=torch.cat([part.expert_ids for part in held])[rows_T],
+        )
 
     def routed_to(self, *experts: int) -> Float[Tensor, "T D"]:
         """The inputs of the tokens that went to any of some experts."""
@@ -86,11 +117,13 @@ class _Sampler:
         self.layer = layer
         self.masks = masks
         self.max_tokens = max_tokens
-        self.num_tokens = 0
+        self.num_tokens = self.starts_at = 0
         self.positions = torch.empty(0, dtype=torch.long)
         self.rows: tuple[Tensor, Tensor] | None = None
         if known is not None:
             self.num_tokens, self.positions = known.num_tokens, known.positions
+            self.starts_at = known.starts_at
+        if known is not None and len(known.positions):
             self.rows = self._buffers(known.inputs, known.expert_ids)
             for buffer, values in zip(self.rows, (known.inputs, known.expert_ids), strict=True):
                 buffer[: len(values)] = values
@@ -134,7 +167,11 @@ class _Sampler:
         order_T = self.positions.argsort()
         inputs_TD, ids_TK = (buffer[order_T] for buffer in self.rows)
         return LayerSample(
-            num_tokens=self.num_tokens, positions=self.positions[order_T], inputs=inputs_TD, expert_ids=ids_TK
+            num_tokens=self.num_tokens,
+            starts_at=self.starts_at,
+            positions=self.positions[order_T],
+            inputs=inputs_TD,
+            expert_ids=ids_TK,
         )
 
 
@@ -188,5 +225,5 @@ def record_inputs(
             stack.enter_context(sampler.layer.observe(sampler.add))
         yield samples
     for sampler in samplers:
-        if sampler.num_tokens:
+        if sampler.rows is not None:
             samples.layers[sampler.layer.name] = sampler.finish()

@@ -21,6 +21,7 @@ FORMAT = "moekit.input_samples"
 VERSION = 1
 
 TENSORS = ("positions", "inputs", "expert_ids")
+SCALARS = ("num_tokens", "starts_at")
 
 
 def write_samples(
@@ -41,7 +42,7 @@ def write_samples(
         raise ValueError(f"input samples are written to a .safetensors file, got '{file}'")
     for name, record in records.items():
         check_sample(name, max_tokens, record)
-    rows = [{"name": name, "num_tokens": record["num_tokens"]} for name, record in records.items()]
+    rows = [{"name": name} | {key: record[key] for key in SCALARS} for name, record in records.items()]
     header = json.dumps({"max_tokens": max_tokens, "layers": rows})
     tensors = {
         f"{name}.{key}": record[key].contiguous() for name, record in records.items() for key in TENSORS
@@ -85,20 +86,23 @@ def check_sample(name: str, max_tokens: int, record: Mapping[str, Any]) -> None:
     if missing := [key for key in ("num_tokens", *TENSORS) if key not in record]:
         raise ValueError(f"{where}: {missing[0]} is missing")
     positions, inputs, ids = (record[key] for key in TENSORS)
-    num_tokens = record["num_tokens"]
+    num_tokens, starts_at = record["num_tokens"], record.get("starts_at", 0)
     if type(num_tokens) is not int or num_tokens < 1:
         raise ValueError(f"{where}: num_tokens={num_tokens} is not a whole number from 1 up")
+    if type(starts_at) is not int or not 0 <= starts_at <= num_tokens:
+        raise ValueError(f"{where}: starts_at={starts_at} is not a whole number from 0 to {num_tokens}")
     if positions.dtype != torch.int64 or ids.dtype != torch.int64 or not inputs.is_floating_point():
         kinds = f"{positions.dtype}, {inputs.dtype} and {ids.dtype}"
         raise ValueError(
             f"{where}: positions, inputs and expert_ids are {kinds}, not int64, floats and int64"
         )
-    size = min(num_tokens, max_tokens)
+    size = min(num_tokens - starts_at, max_tokens)
     if positions.shape != (size,) or any(t.ndim != 2 or len(t) != size for t in (inputs, ids)):
         shapes = [list(tensor.shape) for tensor in (positions, inputs, ids)]
         raise ValueError(f"{where}: positions, inputs and expert_ids have shapes {shapes}, not T={size} rows")
-    if positions[0] < 0 or positions[-1] >= num_tokens or not (positions.diff() > 0).all():
-        raise ValueError(f"{where}: positions are not ascending from 0 to {num_tokens - 1}")
+    is_outside = ((positions < starts_at) | (positions >= num_tokens)).any()
+    if is_outside or not (positions.diff() > 0).all():
+        raise ValueError(f"{where}: positions are not ascending from {starts_at} to {num_tokens - 1}")
     if (ids < -1).any():
         raise ValueError(f"{where}: expert_ids hold a number below -1")
     if not inputs.isfinite().all():
@@ -129,7 +133,8 @@ def _join(
     for row in rows:
         name = str(row["name"])
         found = {key: tensors.pop(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in tensors}
-        records[name] = {"num_tokens": row.get("num_tokens"), **found}
+        scalars = {"num_tokens": row.get("num_tokens"), "starts_at": row.get("starts_at", 0)}
+        records[name] = scalars | found
         check_sample(name, max_tokens, records[name])
     if tensors:
         raise ValueError(f"it holds the unknown tensor '{min(tensors)}'")

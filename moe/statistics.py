@@ -219,7 +219,9 @@ class RoutingStatistics:
     def all_reduce(
         self, process_group: dist.ProcessGroup | None = None, device: torch.device | None = None
     ) -> "RoutingStatistics":
-        """Returns the statistics of all processes together; every process must call it, with the same layers.
+        """Returns the statistics of all processes together; every process must call it.
+
+        A layer that a process has not seen counts as no tokens there.
 
         Args:
             process_group: None is the default group.
@@ -231,8 +233,12 @@ class RoutingStatistics:
             dist.all_reduce(received, op=operation, group=process_group)
             return received.cpu()
 
+        sizes: list[Any] = [None] * dist.get_world_size(process_group)
+        own = {name: (part.num_experts, part.hidden_size, part.top_k) for name, part in self.layers.items()}
+        dist.all_gather_object(sizes, own, group=process_group)
         layers = {}
-        for name, layer in self.layers.items():
+        for name, size in {name: size for part in sizes for name, size in part.items()}.items():
+            layer = self.layers.get(name) or LayerStatistics.zeros(*size)
             tensors: dict[str, Any] = {
                 key: reduced(tensor, dist.ReduceOp.MAX if key in _MAXIMA else dist.ReduceOp.SUM)
                 for key, tensor in layer.tensors.items()

@@ -19,6 +19,7 @@ from ..moe.layer import ExpertLayer
 from ..moe.recording import record_routing
 from ..moe.samples import InputSamples, record_inputs
 from ..moe.statistics import LayerStatistics, RoutingStatistics
+from .processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def calibrate(
     batch_size: int,
     progress: bool,
     sample_inputs: bool = False,
+    processes: Processes | None = None,
 ) -> Calibration:
     """Record how a model routes, and keep what was recorded so far in a folder.
 
@@ -137,14 +139,20 @@ def calibrate(
         batch_size: Blocks at a time.
         progress: Show a progress bar.
         sample_inputs: Also sample what the experts read.
+        processes: Of which each reads its share; all return the same. None is one.
     """
+    layers, processes = expert_layers(model), processes or Processes()
+    if processes.count > 1:
+        folder /= processes.name
+        folder.mkdir(exist_ok=True)
+    empty = processes.empty_samples(layers, blocks, batch_size) if sample_inputs else None
+    fingerprint, blocks = {"data": blocks.fingerprint}, processes.share(blocks, batch_size)
     num_batches = -(-len(blocks) // batch_size)
     size = batch_size * -(-num_batches // STEPS)
     starts = range(0, len(blocks), size)
-    done, statistics, samples = _resume(folder, len(starts), sample_inputs)
+    done, statistics, samples = _resume(folder, len(starts), empty)
     if done:
         logger.warning("going on after step %d of %d of the calibration", done, len(starts))
-    layers = expert_layers(model)
     with tqdm(
         total=len(blocks), desc="calibrating", unit="seq", disable=not progress, initial=done * size
     ) as bar:
@@ -153,8 +161,8 @@ def calibrate(
             statistics = statistics + record(model, layers, part, batch_size, samples=samples)
             _keep(folder, step + 1, statistics, samples)
             bar.update(len(part))
-    named = RoutingStatistics(layers=statistics.layers, fingerprint={"data": blocks.fingerprint})
-    return Calibration(named, samples)
+    statistics, samples = processes.joined(statistics, samples)
+    return Calibration(RoutingStatistics(layers=statistics.layers, fingerprint=fingerprint), samples)
 
 
 def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,16 +218,16 @@ def _inputs_file(folder: Path, step: int) -> Path:
 
 
 def _resume(
-    folder: Path, num_steps: int, sample_inputs: bool
+    folder: Path, num_steps: int, empty: InputSamples | None
 ) -> tuple[int, RoutingStatistics, InputSamples | None]:
     for step, path in _kept(folder):
         try:
             if step <= num_steps:
-                samples = InputSamples.load(_inputs_file(folder, step)) if sample_inputs else None
+                samples = None if empty is None else InputSamples.load(_inputs_file(folder, step))
                 return step, RoutingStatistics.load(path), samples
         except ValueError as error:
             logger.warning("%s", error)
-    return 0, RoutingStatistics(), InputSamples() if sample_inputs else None
+    return 0, RoutingStatistics(), empty
 
 
 def _keep(folder: Path, step: int, statistics: RoutingStatistics, samples: InputSamples | None) -> None:

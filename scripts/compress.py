@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..compress.apply import apply_plan
+from ..compress.plan import CompressionPlan
 from ..compress.report import write_report
 from ..moe.checkpoint import save_checkpoint
 from ..moe.data import TokenBlocks
@@ -38,7 +39,8 @@ from .record import (
     write_model_card,
     write_run_file,
 )
-from .staging import Staging, staged_folder
+from .shared_folder import shared_folder
+from .staging import Staging
 from .stream import compress_streamed
 from .verify import verify_reload
 
@@ -80,8 +82,16 @@ def run(options: CompressOptions, *, replace: bool = False) -> Path | None:
         _only_plan(job)
         return None
     assert options.out is not None
-    with staged_folder(options.out, _fingerprint(job), replace=replace) as staging:
+    with shared_folder(
+        options.out,
+        _fingerprint(job),
+        is_main=job.processes.is_main,
+        wait=job.processes.wait,
+        replace=replace,
+    ) as staging:
         finished = _stream(job, staging) if options.stream else _compress(job, staging)
+    if finished is None:
+        return options.out
     show(summary_table(finished))
     for warning in finished.warnings:
         warn(warning)
@@ -96,8 +106,11 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     texts = {"calibration": job.texts.calibration.fingerprint, "held out": job.texts.held_out.fingerprint}
     plan = None if job.plan is None else job.plan.hash
     settings = {key: value for key, value in vars(job.options).items() if key not in ("out", "debug")}
+    # What flows between layers lies in files of each process.
+    streamed = {"processes": job.processes.count} if job.options.stream else {}
     return {
         **settings,
+        **streamed,
         "model files": job.source.fingerprint,
         "texts": texts,
         "plan": plan,
@@ -112,7 +125,10 @@ def _only_plan(job: Job) -> None:
         plan = plan_in_sequence(job, model, layers)[0]
     else:
         with tempfile.TemporaryDirectory() as folder:
-            plan = make_plan(job, model, layers, _calibrate(job, model, Path(folder)))
+            calibration = _calibrate(job, model, Path(folder))
+        plan = make_plan(job, model, layers, calibration) if job.processes.is_main else None
+    if plan is None or not job.processes.is_main:
+        return
     show(plan.summary())
     out = job.options.out
     if out is None:
@@ -144,12 +160,13 @@ def _calibrate(job: Job, model: PreTrainedModel, folder: Path) -> Calibration:
         batch_size=job.options.batch_size,
         progress=is_interactive(),
         sample_inputs=needs_samples(job),
+        processes=job.processes,
     )
 
 
-def _compress(job: Job, staging: Staging) -> Run:
-    """Do the work within the hidden folder."""
-    options, output = job.options, staging.output
+def _compress(job: Job, staging: Staging) -> Run | None:
+    """Do the work within the hidden folder; None in other processes than the main one."""
+    options, output, is_main = job.options, staging.output, job.processes.is_main
     model, layers = _load(job)
     before = footprint(model, layers)
     if is_sequential(options):
@@ -159,7 +176,9 @@ def _compress(job: Job, staging: Staging) -> Run:
     else:
         calibration = _calibrate(job, model, staging.work)
         statistics = calibration.statistics
-        plan = make_plan(job, model, layers, calibration)
+        if not is_main and options.heal == "none":
+            return None
+        plan = _agreed_plan(job, model, layers, calibration)
         after = predict_footprint(model, plan)
         staging.reserve(after.total_bytes)
         step(f"From {sum(p.num_experts for p in plan.layers)} experts to {plan.actual_experts}")
@@ -167,9 +186,11 @@ def _compress(job: Job, staging: Staging) -> Run:
         del calibration
     one_shot, healing = None, None
     if options.heal != "none":
-        one_shot = _measure(job, model) if options.report else None
+        one_shot = _measure(job, model) if options.report and is_main else None
         step(f"Healing: {options.heal}, on {job.texts.calibration.num_tokens:,} tokens")
         healing = heal(job, model, staging.work / "healing")
+    if not is_main:
+        return None
     step("Writing the checkpoint and reading it back")
     form = save_checkpoint(model, output, max_shard_size=options.max_shard_size)
     carry_over(job.source.folder, output)
@@ -202,12 +223,24 @@ def _compress(job: Job, staging: Staging) -> Run:
     return finished
 
 
-def _stream(job: Job, staging: Staging) -> Run:
-    """Do the work one decoder layer at a time."""
+def _agreed_plan(
+    job: Job, model: PreTrainedModel, layers: list[ExpertLayer], calibration: Calibration
+) -> CompressionPlan:
+    """What the main process plans, in all that go on after it."""
+    if job.processes.count == 1 or job.options.heal == "none":
+        return make_plan(job, model, layers, calibration)
+    mine = make_plan(job, model, layers, calibration).to_json() if job.processes.is_main else None
+    return CompressionPlan.from_json(job.processes.same(mine))
+
+
+def _stream(job: Job, staging: Staging) -> Run | None:
+    """Do the work one decoder layer at a time; None in other processes than the main one."""
     options, output = job.options, staging.output
     source_bytes = tensor_bytes(job.source.folder)
     staging.reserve(source_bytes)
     done = compress_streamed(job, staging)
+    if done is None:
+        return None
     carry_over(job.source.folder, output)
     written = tensor_bytes(output)
     finished = Run(

@@ -13,14 +13,23 @@ WIDTH = 100
 """Of output that goes to no terminal, characters."""
 
 
+_silent: list[bool] = []
+
+
+def silence() -> None:
+    """Let this process show nothing from now on but errors; another one speaks for it."""
+    _silent.append(True)
+
+
 def is_interactive() -> bool:
     """Whether progress bars have someone to look at them."""
-    return sys.stderr.isatty()
+    return not _silent and sys.stderr.isatty()
 
 
 def step(text: str) -> None:
     """Say on standard error what begins now."""
-    print(text, file=sys.stderr, flush=True)
+    if not _silent:
+        print(text, file=sys.stderr, flush=True)
 
 
 def quiet_deepspeed() -> None:
@@ -30,11 +39,14 @@ def quiet_deepspeed() -> None:
 
 def warn(text: str) -> None:
     """Say on standard error what the user should know."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    if not _silent:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def show(*parts: Any) -> None:
     """Print texts and tables on standard output."""
+    if _silent:
+        return
     console = Console(
         file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False
     )

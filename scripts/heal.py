@@ -33,8 +33,9 @@ SAVES = 10
 def heal(job: Job, model: PreTrainedModel, folder: Path) -> Healing:
     """Train a compressed model, in place, on what the original says of the calibration text.
 
-    Weights are float32 meanwhile, and rounded to their own type in the end. A healing that was interrupted
-    goes on from its last checkpoint, to the same weights.
+    Several processes train together, each on batches of its own. Weights are float32 meanwhile, and rounded
+    to their own type in the end. A healing that was interrupted goes on from its last checkpoint, to the same
+    weights.
 
     Args:
         job: What was asked for; the original is loaded again as the teacher.
@@ -60,8 +61,10 @@ def heal(job: Job, model: PreTrainedModel, folder: Path) -> Healing:
     )
     trainer.remove_callback(PrinterCallback)
     use_cache = model.config.use_cache
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_incomplete(training)
+    if job.processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_incomplete(training)
+    job.processes.wait()
     fit(training, trainer, whole_checkpoints(training))
     model.config.use_cache = use_cache  # which Trainer turns off
     model.requires_grad_(True).eval()
@@ -77,7 +80,7 @@ def heal(job: Job, model: PreTrainedModel, folder: Path) -> Healing:
 def _training(job: Job, folder: Path) -> TrainingJob:
     """The healing as a training of `moekit distill` would be."""
     options, blocks = job.options, job.texts.calibration
-    steps = options.heal_steps or -(-len(blocks) // options.batch_size)
+    steps = options.heal_steps or -(-len(blocks) // (options.batch_size * job.processes.count))
     given = DistillOptions(
         model=options.model,
         teacher=options.model,

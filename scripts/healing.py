@@ -1,6 +1,5 @@
 """What `moekit compress --heal` was asked and has done."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +41,3 @@ def check_healing(options: CompressOptions, *, is_encoder_decoder: bool) -> None
         raise ValueError(f"--heal-learning-rate {rate} must be above 0")
     if is_encoder_decoder:
         raise ValueError("--heal is for language models that read from left to right, not encoder-decoders")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        only = " --train-only routers --label-weight 0" if options.heal == "router" else ""
-        raise ValueError(
-            "moekit compress heals in one process; with several, compress without --heal and then run: "
-            f"torchrun --nproc_per_node N -m moekit.scripts.cli distill {options.out} "
-            f"--teacher {options.model}{only} --data ... --out ..."
-        )

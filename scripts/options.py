@@ -68,7 +68,8 @@ class InspectOptions(CommonOptions):
 class CompressOptions(CommonOptions):
     """Make a checkpoint with fewer experts, and a report of what was lost.
 
-    A run that was interrupted goes on where it was when the same command is given again.
+    A run that was interrupted goes on where it was when the same command is given again. Processes that
+    torchrun or accelerate start together share the calibration text and the healing.
     """
 
     model: Model
@@ -121,7 +122,8 @@ class CompressOptions(CommonOptions):
     """Let the result learn from the original on the calibration text. router: its routers alone, by KL
     (cheap). kd: all weights, by the text and 0.2 KL at temperature 2."""
     heal_steps: OptionalInt = None
-    """Optimizer steps of that, of --batch-size sequences; one pass through the text unless said otherwise."""
+    """Optimizer steps of that, of --batch-size sequences in each process; one pass through the text unless
+    said otherwise."""
     heal_learning_rate: OptionalNumber = None
     """Largest of that; 5e-5 unless said otherwise."""
     form: Literal["moekit", "stock"] = "moekit"

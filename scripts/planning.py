@@ -127,4 +127,5 @@ def plan_in_sequence(
         batch_size=job.options.batch_size,
         sample_inputs=needs_samples(job),
         progress=is_interactive(),
+        processes=job.processes,
     )

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .calibrate import (
 from .healing import check_healing
 from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
 from .options import CompressOptions
+from .processes import Processes, join_processes
 from .sequential import check_sequential
 from .staging import check_output
 
@@ -62,6 +63,8 @@ class Job:
     texts: Texts
     plan: CompressionPlan | None
     """Given by the user."""
+    processes: Processes = field(default_factory=Processes)
+    """Which read their shares of the calibration text."""
 
 
 def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
@@ -102,7 +105,17 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
         )
     for blocks in (texts.calibration, texts.held_out):
         check_token_ids(blocks, model)
-    return Job(options=options, source=source, tokenizer=tokenizer, data=data, texts=texts, plan=plan)
+    processes = join_processes("compress", options.device)
+    processes.share(texts.calibration, options.batch_size)
+    return Job(
+        options=options,
+        source=source,
+        tokenizer=tokenizer,
+        data=data,
+        texts=texts,
+        plan=plan,
+        processes=processes,
+    )
 
 
 def _does_without_data(options: CompressOptions) -> bool:

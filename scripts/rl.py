@@ -60,8 +60,8 @@ def run(options: RlOptions, *, replace: bool = False) -> Path:
         wait=accelerator.wait_for_everyone,
         begin=_begin,
         replace=replace,
-    ) as (output, work):
-        finished = _train(job, output, work / WORK)
+    ) as staging:
+        finished = _train(job, staging.output, staging.work / WORK)
     if job.is_main:
         show(summary_table(finished))
         for warning in finished.warnings:

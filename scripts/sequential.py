@@ -17,6 +17,7 @@ from ..moe.recording import record_routing
 from ..moe.samples import InputSamples, record_inputs
 from ..moe.statistics import RoutingStatistics
 from .calibrate import model_inputs
+from .processes import Processes
 
 PlanLayers = Callable[..., CompressionPlan]
 """From layers, statistics and samples to a plan of these layers."""
@@ -35,6 +36,7 @@ def compress_in_sequence(
     batch_size: int,
     sample_inputs: bool,
     progress: bool,
+    processes: Processes | None = None,
 ) -> tuple[CompressionPlan, RoutingStatistics, dict[str, dict[str, Any]]]:
     """Record, plan and change one MoE layer after another.
 
@@ -49,6 +51,7 @@ def compress_in_sequence(
         batch_size: Blocks at a time.
         sample_inputs: Whether plan or alignment need samples.
         progress: Show a progress bar.
+        processes: Of which each reads its share, and does the same to its own model. None is one.
 
     Returns:
         The plan of all layers, which `apply_plan` would carry out on the original; the statistics that it was
@@ -58,10 +61,13 @@ def compress_in_sequence(
         ValueError: As the planner does, and if the layers would not all be planned alike.
     """
     identity, plans, report = ModelIdentity.of(layers), [], {}
+    processes = processes or Processes()
+    own = processes.share(blocks, batch_size)
     statistics = RoutingStatistics(fingerprint={"data": blocks.fingerprint})
     for layer in tqdm(layers, desc="layer by layer", unit="layer", disable=not progress):
-        samples = InputSamples() if sample_inputs else None
-        known = _record_layer(model, layer, blocks, batch_size, samples)
+        samples = processes.empty_samples([layer], blocks, batch_size) if sample_inputs else None
+        known = _record_layer(model, layer, own, batch_size, samples)
+        known, samples = processes.joined(known, samples)
         if not known.layers:
             raise ValueError(
                 f"layer {layer.name!r} saw no token; with --sequential off such a layer stays as it is"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import flag
-from .staging import STATE_FILE, partial_folder, staged_folder
+from .staging import STATE_FILE, Staging, partial_folder, staged_folder
 
 
 @contextmanager
@@ -17,32 +17,33 @@ def shared_folder(
     *,
     is_main: bool,
     wait: Callable[[], object],
-    begin: Callable[[Path], object],
+    begin: Callable[[Path], object] | None = None,
     replace: bool = False,
-) -> Iterator[tuple[Path, Path]]:
-    """Give all processes the same folders; every process has to enter and leave.
+) -> Iterator[Staging]:
+    """Give all processes the same folder; every process has to enter and leave.
 
     Args:
         out: What is made in the end.
         settings: What the result depends on, as JSON values.
         is_main: Whether this process makes the folder and renames it.
         wait: Returns when all processes have called it.
-        begin: Called by the main process with the folder of the work, before the others see it.
+        begin: Called by the main process with the folder of the work, before the others see it; if any.
         replace: `out` may hold something, which goes once this is whole.
 
     Yields:
-        The folder that becomes `out`, and that of the work, which a run that goes on finds again.
+        The folder: what becomes `out`, and the work, which a run that goes on finds again.
     """
     out = out.expanduser()
     if not is_main:
         wait()
-        yield partial_folder(out) / "output", partial_folder(out) / "work"
+        yield Staging(out, partial_folder(out), resumed=False)
         wait()
         return
     with staged_folder(out, settings, replace=replace) as staging:
-        begin(staging.work)
+        if begin is not None:
+            begin(staging.work)
         wait()
-        yield staging.output, staging.work
+        yield staging
         wait()
 
 

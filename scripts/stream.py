@@ -56,7 +56,7 @@ class Streamed:
     model_class: str
 
 
-def compress_streamed(job: Job, staging: Staging) -> Streamed:
+def compress_streamed(job: Job, staging: Staging) -> Streamed | None:
     """Record, plan, change and write one decoder layer after another.
 
     In memory are the embeddings, the head and one layer; what flows between layers lies in the work folder.
@@ -65,6 +65,9 @@ def compress_streamed(job: Job, staging: Staging) -> Streamed:
     Args:
         job: What to do.
         staging: Where to.
+
+    Returns:
+        What came out; None in other processes than the main one.
 
     Raises:
         NotStreamableError: The model's layers cannot be run one by one.
@@ -83,7 +86,7 @@ def compress_streamed(job: Job, staging: Staging) -> Streamed:
     with evaluating(model), torch.no_grad():
         for index in tqdm(range(len(stream)), "layers", unit="layer", disable=not is_interactive()):
             walk.layer(index)
-    return walk.finish()
+    return walk.finish() if job.processes.is_main else None
 
 
 class _Walk:
@@ -96,8 +99,9 @@ class _Walk:
         self.parts = staging.work / "layers"
         self.parts.mkdir(parents=True, exist_ok=True)
         self.merging: dict[str, dict[str, Any]] = {}
-        self.hidden = HiddenFiles(staging.work / "hidden")
-        self.batches = list(job.texts.calibration.batches(job.options.batch_size))
+        self.hidden = HiddenFiles(staging.work / "hidden" / job.processes.name)
+        own = job.processes.share(job.texts.calibration, job.options.batch_size)
+        self.batches = list(own.batches(job.options.batch_size))
         self.said = planner_options(job.options)
         self.plans: list[CompressionPlan] = []
         self.done = 0
@@ -120,7 +124,6 @@ class _Walk:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(state), encoding="utf-8")
         temporary.replace(path)
-        self.hidden.forget(index)
 
     def layer(self, index: int) -> None:
         """Do one decoder layer, or give it the shape that it was written with."""
@@ -130,16 +133,28 @@ class _Walk:
                 self._reshape(layer)
             return
         self.stream.load(index)
-        samples = InputSamples() if needs_samples(self.job) else None
-        known = self._push(index, layers, samples)
+        known, samples = self._record(index, layers)
         for layer in layers:
-            known.save(self.staging.work / f"statistics-{index}.safetensors")
             self._compress(layer, known, samples)
         if layers and is_sequential(self.job.options):
             self._push(index, [], None)
-        self._write(index)
+        processes = self.job.processes
+        processes.wait()  # what the next layer reads is there in all of them
+        if processes.is_main:
+            if layers:
+                known.save(self.staging.work / f"statistics-{index}.safetensors")
+            self._write(index)
+            self._keep(index)
         self.stream.drop(index)
-        self._keep(index)
+        self.hidden.forget(index)
+
+    def _record(self, index: int, layers: list[Any]) -> tuple[RoutingStatistics, InputSamples | None]:
+        """What all processes see of a layer."""
+        processes, options = self.job.processes, self.job.options
+        samples = None
+        if needs_samples(self.job):
+            samples = processes.empty_samples(layers, self.job.texts.calibration, options.batch_size)
+        return processes.joined(self._push(index, layers, samples), samples)
 
     def _push(self, index: int, layers: list[Any], samples: InputSamples | None) -> RoutingStatistics:
         """Run the calibration text through a layer, and keep what comes out for the next."""

@@ -34,8 +34,8 @@ def carry_out(job: TrainingJob, work: Callable[[Any, Path], Any], table: Callabl
         is_main=job.is_main,
         wait=(lambda: None) if state is None else state.wait_for_everyone,
         begin=partial(_begin, job),
-    ) as (output, _):
-        finished = work(job, output)
+    ) as staging:
+        finished = work(job, staging.output)
     if job.is_main:
         show(table(finished))
         for warning in finished.warnings:

@@ -128,9 +128,3 @@ def test_encoder_decoders(data, tmp_path, capsys):
     model = write_checkpoint(tmp_path / "switch", tiny_switch())
     assert compress(model, data, tmp_path / "out", "--heal", "router") == 2
     assert "not encoder-decoders" in capsys.readouterr().err
-
-
-def test_several_processes(checkpoint, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert compress(checkpoint, data, tmp_path / "out", "--heal", "router") == 2
-    assert "torchrun --nproc_per_node N -m moekit.scripts.cli distill" in capsys.readouterr().err

@@ -52,19 +52,27 @@ class LayerStream:
         files: The checkpoint's safetensors files.
         dtype: Of the weights in memory.
         device: Where they run.
+        quantizer: Of transformers, which makes ordinary weights of the stored ones, where it is needed.
 
     Raises:
         NotStreamableError: The expert layers are not all in one list of decoder layers.
     """
 
     def __init__(
-        self, model: PreTrainedModel, files: list[Path], *, dtype: torch.dtype, device: torch.device
+        self,
+        model: PreTrainedModel,
+        files: list[Path],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantizer: Any = None,
     ) -> None:
         self.model = model
         self.dtype, self.device = dtype, device
         self.path = _list_path(model)
         self.layers: Any = model.get_submodule(self.path)
-        self._mapping: Any = get_model_conversion_mapping(model, None, None)
+        self._mapping: Any = get_model_conversion_mapping(model, None, quantizer)
+        self._quantizer = quantizer
         self._files: dict[str, Path] = {}
         for file in files:
             with safe_open(file, framework="pt") as handle:
@@ -133,6 +141,7 @@ class LayerStream:
             return
         settings = LoadStateDictConfig(
             weight_mapping=self._mapping,
+            hf_quantizer=self._quantizer,
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             device_map={"": self.device},
@@ -145,6 +154,9 @@ class LayerStream:
             part = {name: handles[self._files[name]].get_slice(name) for name in names}
             info, _ = convert_and_load_state_dict_in_model(self.model, part, settings)
             del part
+        if self._quantizer is not None:
+            # What was remembered of the quantised layout would be written into the plain weights' names.
+            self.model.__dict__.pop("_weight_conversions", None)
         if info.mismatched_keys or info.conversion_errors:
             fault = next(iter(info.mismatched_keys or info.conversion_errors))
             raise NotStreamableError(f"the checkpoint's {fault} does not fit the config")

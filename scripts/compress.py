@@ -28,6 +28,7 @@ from .options import CompressOptions
 from .planning import make_plan, needs_samples, plan_in_sequence, try_planner
 from .prediction import predict_footprint
 from .prepare import PLAN_FILE, Job, is_sequential, plan_path, prepare
+from .quantised import told
 from .record import (
     STATISTICS_FOLDER,
     Run,
@@ -142,6 +143,8 @@ def _load(job: Job) -> tuple[PreTrainedModel, list[ExpertLayer]]:
     """The model, once its routers were asked whether they can do what is planned."""
     step(f"Loading {job.source.name}")
     model = load_model(job.source, dtype=job.options.dtype, device=job.options.device)
+    if dequantised := told(job.source.config, model.dtype):
+        step(f"{job.source.name}{dequantised}")
     layers = expert_layers(model)
     if job.plan is not None:
         job.plan.validate_against(layers)

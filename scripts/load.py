@@ -26,6 +26,7 @@ from ..moe.discovery import UnsupportedModelError, expert_layers
 from ..moe.router import EXPERT_COUNT_KEYS
 from .checkpoint_files import check_folder, files_fingerprint, read_config, tensor_elements
 from .console import is_interactive
+from .quantised import DEQUANTISED, loading_arguments, quantisation, quantisation_table
 
 __all__ = ["ModelSource", "UnsupportedModelError", "load_model", "load_tokenizer", "open_source", "skeleton"]
 
@@ -35,8 +36,6 @@ OTHER_FORMATS = ["consolidated*", "*/*"]
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 SCAN_ELEMENTS = 2**24
 """Weights that are looked at together for NaN."""
-DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-"""Quantised checkpoints that transformers can turn into ordinary weights while loading."""
 LIMITS = {
     **dict.fromkeys(EXPERT_COUNT_KEYS, 100_000),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layers", "n_layer"), 10_000),
@@ -87,7 +86,7 @@ def open_source(model: str) -> ModelSource:
     _check_counts(read_config(folder), model)
     with _explained(f"transformers {transformers.__version__} cannot read the config of '{model}'"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    method = _quantisation(config)
+    method = quantisation(config)
     if method not in (None, METHOD, *DEQUANTISED):
         raise ValueError(
             f"'{model}' is quantised ({method}), and quantised experts cannot be merged; start from the "
@@ -112,9 +111,7 @@ def load_model(
         ValueError: What `open_source` refuses, tensors that the checkpoint lacks, NaN or infinity.
     """
     source = open_source(model) if isinstance(model, str) else model
-    arguments: dict[str, Any] = {}
-    if (method := _quantisation(source.config)) in DEQUANTISED:
-        arguments["quantization_config"] = getattr(transformers, DEQUANTISED[method])(dequantize=True)
+    arguments = loading_arguments(source.config)
     with _quietly() as report, _explained(f"the weights of '{source.name}' cannot be loaded", report):
         loaded, info = model_class(source.config).from_pretrained(
             source.folder,
@@ -172,9 +169,9 @@ def skeleton(source: ModelSource, dtype: torch.dtype | None = None) -> PreTraine
         _explained(f"no model can be built from the config of '{source.name}'"),
     ):
         model = kind._from_config(source.config, dtype=wanted)
-    if _quantisation(source.config) == METHOD:
+    if quantisation(source.config) == METHOD:
         with _explained(f"the quantization_config of '{source.name}' cannot be carried out"):
-            _rebuild(model, _quantisation_table(source.config))
+            _rebuild(model, quantisation_table(source.config))
     return model.eval()
 
 
@@ -243,17 +240,6 @@ def _find(model: str) -> Path:
         ) from error
 
 
-def _quantisation(config: PreTrainedConfig) -> str | None:
-    return _quantisation_table(config).get("quant_method")
-
-
-def _quantisation_table(config: PreTrainedConfig) -> dict[str, Any]:
-    table = getattr(config, "quantization_config", None) or {}
-    if not isinstance(table, dict) and not hasattr(table, "to_dict"):
-        raise ValueError(f"config.json says quantization_config={table!r}, which is not a table")
-    return table if isinstance(table, dict) else table.to_dict()
-
-
 def _check_counts(table: dict[str, Any], name: str) -> None:
     """Refuse counts of experts and layers that are none, wherever in the config they are."""
     tables: list[Any] = [table]
@@ -286,7 +272,7 @@ def _check_skeleton(source: ModelSource) -> None:
             )
     needed, stored = sum(p.numel() for p in model.parameters()), tensor_elements(source.folder)
     # Packed weights count several to an element.
-    if _quantisation(source.config) not in DEQUANTISED and needed > SPARE_SHARE * stored:
+    if quantisation(source.config) not in DEQUANTISED and needed > SPARE_SHARE * stored:
         raise ValueError(
             f"the config of '{source.name}' describes {needed:,} parameters, but its files hold {stored:,}: "
             "config and weights do not belong together"

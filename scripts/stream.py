@@ -35,6 +35,7 @@ from .load import find_device, skeleton
 from .planning import needs_samples, try_planner, with_low_rank
 from .prediction import factorise_shapes, shrink
 from .prepare import PLAN_FILE, Job, is_sequential, planner_options
+from .quantised import dequantiser, told
 from .record import STATISTICS_FOLDER
 from .sequential import joined_plan
 from .staging import Staging
@@ -76,8 +77,15 @@ def compress_streamed(job: Job, staging: Staging) -> Streamed | None:
     options = job.options
     model = skeleton(job.source, None if options.dtype == "auto" else getattr(torch, options.dtype))
     stream = LayerStream(
-        model, weight_files(job.source.folder), dtype=model.dtype, device=find_device(options.device)
+        model,
+        weight_files(job.source.folder),
+        dtype=model.dtype,
+        device=find_device(options.device),
+        quantizer=dequantiser(job.source.config),
     )
+    if dequantised := told(job.source.config, model.dtype):
+        step(f"{job.source.name}{dequantised}")
+        model.config.__dict__.pop("quantization_config")
     try_planner(options, expert_layers(model))
     check_memory(stream, options.memory_limit)
     stream.load_outside()

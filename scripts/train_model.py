@@ -34,14 +34,13 @@ from .load import (
     _check_counts,
     _explained,
     _find,
-    _quantisation,
-    _quantisation_table,
     _quietly,
     _rebuild,
     check_finite,
     load_tokenizer,
 )
 from .options import TrainOptions
+from .quantised import quantisation, quantisation_table
 
 DEFAULT_EXPERTS = 16
 LAYOUT = ("start", "router", "combine", "drop_fraction", "partition", "layers", "logit_std", "center_routers")
@@ -114,7 +113,7 @@ def open_training_source(name: str, *, allow_compressed: bool = False) -> Source
     _check_counts(table, name)
     with _explained(f"the config of '{name}' cannot be read"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    method = _quantisation(config)
+    method = quantisation(config)
     if method not in (None, METHOD):
         raise ValueError(
             f"'{name}' is quantised ({method}); start from the checkpoint in float32 or bfloat16"
@@ -212,7 +211,7 @@ def training_skeleton(config: PreTrainedConfig, task: str, name: str) -> PreTrai
         _explained(f"no model can be built from the config of '{name}'"),
     ):
         model = TASKS[task].from_config(copy.deepcopy(config), dtype=torch.float32)
-    table = _quantisation_table(config)
+    table = quantisation_table(config)
     if table and not table.get("smoe_dropout"):
         with _explained(f"the quantization_config of '{name}' cannot be carried out"):
             _rebuild(model, table)

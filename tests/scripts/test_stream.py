@@ -128,7 +128,7 @@ def killed_at(arguments: list[str], out: Path, pattern: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "pattern", ["work/hidden/into-1-*", "work/layers/layer-00001*", "work/stream.json", "output/model-*"]
+    "pattern", ["work/hidden/*/into-1-*", "work/layers/layer-00001*", "work/stream.json", "output/model-*"]
 )
 @pytest.mark.parametrize("sequential", ["on", "off"])
 def test_a_killed_run_goes_on_to_the_same_bytes(pattern, sequential, data, tmp_path):

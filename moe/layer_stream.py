@@ -9,10 +9,9 @@ everything else that a layer is given are as always.
 
 import ctypes
 import gc
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from .discovery import expert_layers
-from .layer import ExpertLayer
-
-_NUMBERED = re.compile(r"^(.*?)\.(\d+)(\.|$)")
+from .layer_walk import NUMBERED, LayerWalk, NotStreamableError
 
 
-class NotStreamableError(ValueError):
-    """A model whose layers cannot be run one by one."""
-
-
-class _ReachedError(Exception):
-    """Leaves a forward once the wanted layer has run."""
-
-
-class LayerStream:
+class LayerStream(LayerWalk):
     """A model without weights, whose decoder layers are loaded and dropped.
 
     Attributes:
@@ -67,21 +55,16 @@ class LayerStream:
         device: torch.device,
         quantizer: Any = None,
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self.dtype, self.device = dtype, device
-        self.path = _list_path(model)
-        self.layers: Any = model.get_submodule(self.path)
         self._mapping: Any = get_model_conversion_mapping(model, None, quantizer)
         self._quantizer = quantizer
         self._files: dict[str, Path] = {}
         for file in files:
             with safe_open(file, framework="pt") as handle:
                 self._files |= dict.fromkeys(handle.keys(), file)
-        stored = {found[1] for name in self._files if (found := _NUMBERED.match(name)) is not None}
+        stored = {found[1] for name in self._files if (found := NUMBERED.match(name)) is not None}
         self._stored_path = self.path if self.path in stored else _same_end(self.path, stored)
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     def load_outside(self) -> None:
         """Load everything that is in no decoder layer: embeddings, last norm, head, rotary tables.
@@ -117,15 +100,6 @@ class LayerStream:
                     module._buffers[name] = buffer.to("meta")
         give_back_memory()
 
-    def expert_layers(self, index: int) -> list[ExpertLayer]:
-        """The expert layers within a decoder layer; the model has to be asked anew after each change."""
-        prefix = f"{self.path}.{index}"
-        return [
-            layer
-            for layer in expert_layers(self.model)
-            if layer.name == prefix or layer.name.startswith(f"{prefix}.")
-        ]
-
     def state_dict(self, index: int | None) -> dict[str, Tensor]:
         """Tensors of a decoder layer, or of all that is outside of them, by their names in the model."""
         prefix = f"{self.path}." if index is None else f"{self.path}.{index}."
@@ -160,41 +134,6 @@ class LayerStream:
         if info.mismatched_keys or info.conversion_errors:
             fault = next(iter(info.mismatched_keys or info.conversion_errors))
             raise NotStreamableError(f"the checkpoint's {fault} does not fit the config")
-
-    @contextmanager
-    def only(self, index: int, hidden: Callable[[], Tensor | None]) -> Iterator[list[Tensor]]:
-        """Let forwards of the model run one decoder layer and end behind it.
-
-        Args:
-            index: Of the layer; those before it pass through what they get.
-            hidden: Gives what the layer reads; ``None`` for what reaches it (the embeddings).
-
-        Yields:
-            What the layer gave, one tensor for each forward. Forwards end with an exception, which
-            `run` catches.
-        """
-        given: list[Tensor] = []
-        own = self.layers[index].forward
-
-        def run(first: Any, *args: Any, **kwargs: Any) -> Any:
-            reached = hidden()
-            output = own(first if reached is None else reached, *args, **kwargs)
-            given.append(output[0] if isinstance(output, tuple) else output)
-            raise _ReachedError
-
-        with ExitStack() as stack:
-            for number in range(index):
-                stack.enter_context(_with_forward(self.layers[number], lambda first, *_, **__: first))
-            stack.enter_context(_with_forward(self.layers[index], run))
-            yield given
-
-    def run(self, inputs: Mapping[str, Tensor]) -> None:
-        """A forward of the model within `only`."""
-        try:
-            self.model(**{**inputs, "use_cache": False})
-        except _ReachedError:
-            return
-        raise NotStreamableError(f"{type(self.model).__name__} did not run its decoder layers in order")
 
 
 class HiddenFiles:
@@ -233,29 +172,6 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-@contextmanager
-def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def _list_path(model: PreTrainedModel) -> str:
-    paths = {found[1] for layer in expert_layers(model) if (found := _NUMBERED.match(layer.name))}
-    if len(paths) != 1 or not isinstance(model.get_submodule(min(paths, default="")), nn.ModuleList):
-        raise NotStreamableError(
-            f"the expert layers of {type(model).__name__} are not in one list of decoder layers "
-            f"({', '.join(sorted(paths)) or 'none'}); compress it in memory"
-        )
-    return paths.pop()
 
 
 def _same_end(path: str, stored: set[str]) -> str:

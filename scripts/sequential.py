@@ -1,7 +1,7 @@
 """Plan a model layer by layer, each behind the layers that are compressed already."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 from tqdm import tqdm
@@ -14,17 +14,14 @@ from ..moe.data import TokenBlocks
 from ..moe.evaluating import evaluating
 from ..moe.layer import ExpertLayer
 from ..moe.recording import record_routing
-from ..moe.samples import InputSamples, record_inputs
+from ..moe.samples import record_inputs
 from ..moe.statistics import RoutingStatistics
 from .calibrate import model_inputs
+from .layer_reading import layer_reader
 from .processes import Processes
 
 PlanLayers = Callable[..., CompressionPlan]
 """From layers, statistics and samples to a plan of these layers."""
-
-
-class _ReachedError(Exception):
-    """Leaves a forward behind the layer that is being recorded."""
 
 
 def compress_in_sequence(
@@ -40,8 +37,9 @@ def compress_in_sequence(
 ) -> tuple[CompressionPlan, RoutingStatistics, dict[str, dict[str, Any]]]:
     """Record, plan and change one MoE layer after another.
 
-    The text runs through the model once for each layer, up to that layer; so a model of L layers costs about
-    half of L + 1 forward passes.
+    What a layer gives is kept for the next, in memory, so a model costs about two forward passes whatever its
+    depth. Where that would not be the model's own forward (encoder-decoders, layers that share more than
+    hidden states; found by trying) the text runs from the start for each layer: half of L + 1 passes for L.
 
     Args:
         model: Changed in place.
@@ -62,12 +60,16 @@ def compress_in_sequence(
     """
     identity, plans, report = ModelIdentity.of(layers), [], {}
     processes = processes or Processes()
-    own = processes.share(blocks, batch_size)
+    own = [model_inputs(model, batch) for batch in processes.share(blocks, batch_size).batches(batch_size)]
+    reader = layer_reader(model, own)
     statistics = RoutingStatistics(fingerprint={"data": blocks.fingerprint})
     for layer in tqdm(layers, desc="layer by layer", unit="layer", disable=not progress):
         samples = processes.empty_samples([layer], blocks, batch_size) if sample_inputs else None
-        known = _record_layer(model, layer, own, batch_size, samples)
-        known, samples = processes.joined(known, samples)
+        with evaluating(model), record_routing(model, [layer]) as seen:
+            sampling = nullcontext() if samples is None else record_inputs(model, [layer], samples=samples)
+            with sampling:
+                reader.read(layer)
+        known, samples = processes.joined(seen, samples)
         if not known.layers:
             raise ValueError(
                 f"layer {layer.name!r} saw no token; with --sequential off such a layer stays as it is"
@@ -102,32 +104,6 @@ def joined_plan(plans: list[CompressionPlan], identity: ModelIdentity) -> Compre
         settings={**first.settings, "sequential": True},
         notes=tuple(note for plan in plans for note in plan.notes),
     )
-
-
-def _record_layer(
-    model: PreTrainedModel,
-    layer: ExpertLayer,
-    blocks: TokenBlocks,
-    batch_size: int,
-    samples: InputSamples | None,
-) -> RoutingStatistics:
-    """What one layer does with the text; what is behind it does not run."""
-
-    def stop(*_: Any) -> None:
-        raise _ReachedError
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        statistics = stack.enter_context(record_routing(model, [layer]))
-        if samples is not None:
-            stack.enter_context(record_inputs(model, [layer], samples=samples))
-        stack.callback(layer.block.register_forward_hook(stop).remove)
-        for batch in blocks.batches(batch_size):
-            try:
-                model(**model_inputs(model, batch))
-            except _ReachedError:
-                continue
-    return statistics
 
 
 def check_sequential(grouping: str, exclude_layers: tuple[int, ...], layer_experts: tuple[int, ...]) -> None:

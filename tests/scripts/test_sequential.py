@@ -6,7 +6,7 @@ from moekit.compress import METHODS, CompressionPlan, apply_plan
 from moekit.moe import expert_layers
 from moekit.moe.data import TokenBlocks
 from moekit.moe.statistics import RoutingStatistics
-from moekit.scripts import cli
+from moekit.scripts import cli, layer_reading
 from moekit.scripts.calibrate import record
 from moekit.scripts.compress_presets import with_preset
 from moekit.scripts.options import CompressOptions
@@ -14,13 +14,19 @@ from moekit.scripts.sensitivity import layer_sensitivities
 from moekit.scripts.sequential import compress_in_sequence
 from safetensors.torch import load_file
 
+from ..moe.families import FAMILIES
 from ..moe.samples import fresh
 from .tiny_checkpoints import TEXT_OPTIONS
+
+UNSUPPORTED = {"diffusion_gemma", "ernie4_5_vl_moe", "switch_transformers"}
+PLAIN = ("qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe")
+"""Families whose layers give hidden states and nothing else."""
 
 
 def blocks_for(model, count=6, length=16):
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (count, length), generator=generator)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (count, length), generator=generator)
     mask = torch.ones_like(ids)
     mask[-1, length // 2 :] = 0
     return TokenBlocks(ids, mask, ("x",) * count)
@@ -49,6 +55,27 @@ def test_a_sequential_plan_carried_out_on_the_original_gives_the_same_model(fami
     apply_plan(again, CompressionPlan.from_json(plan.to_json()))
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - UNSUPPORTED))
+def test_layers_read_behind_each_other_or_from_the_start(family, monkeypatch):
+    model = fresh(family)
+    first = {
+        "input_ids": blocks_for(model).input_ids[:1],
+        "attention_mask": torch.ones(1, 16, dtype=torch.long),
+    }
+    if family in PLAIN:
+        assert isinstance(layer_reading.layer_reader(model, [first]), layer_reading._FromLayerBefore)
+    fast, slow = fresh(family), fresh(family)
+    found = in_sequence(fast, "m-smoe", 2, grouping="uniform")
+    monkeypatch.setattr(layer_reading.LayerWalk, "is_faithful", lambda *_: False)
+    wanted = in_sequence(slow, "m-smoe", 2, grouping="uniform")
+    assert found[0].to_json() == wanted[0].to_json()
+    for name, layer in wanted[1].layers.items():
+        assert torch.equal(layer.counts, found[1].layers[name].counts)
+        torch.testing.assert_close(layer.logit_gram, found[1].layers[name].logit_gram)
+    for name, tensor in slow.state_dict().items():
+        assert torch.equal(tensor, fast.state_dict()[name]), name
 
 
 def test_the_first_layer_sees_the_original_and_later_ones_what_was_cut():

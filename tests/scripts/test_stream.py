@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from moekit.moe.layer_stream import LayerStream, NotStreamableError
+from moekit.moe.layer_stream import LayerStream
+from moekit.moe.layer_walk import NotStreamableError
 from moekit.scripts import cli
 from moekit.scripts.load import open_source, skeleton
 from moekit.scripts.staging import partial_folder

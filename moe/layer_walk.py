@@ -1,0 +1,166 @@
+"""The decoder layers of a model, run one at a time by the model's own forward.
+
+Masks, positions and everything else that a layer is given are as always; what one layer gives is handed to
+the next by the caller, who may keep it and change the layers between.
+"""
+
+# B batch, S sequence, D hidden width
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .discovery import expert_layers
+from .layer import ExpertLayer
+
+NUMBERED = re.compile(r"^(.*?)\.(\d+)(\.|$)")
+"""List, index and rest of the name of a module in a list."""
+
+
+class NotStreamableError(ValueError):
+    """A model whose layers cannot be run one by one."""
+
+
+class _ReachedError(Exception):
+    """Leaves a forward once the wanted layer has run."""
+
+
+class LayerWalk:
+    """The list of a model's decoder layers, which can be run one by one.
+
+    Attributes:
+        model: The model.
+        layers: Its decoder layers.
+        path: Where they are in it, such as ``model.layers``.
+
+    Args:
+        model: With weights or without.
+
+    Raises:
+        NotStreamableError: The expert layers are not all in one list of decoder layers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.path = _list_path(model)
+        self.layers: Any = model.get_submodule(self.path)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def expert_layers(self, index: int) -> list[ExpertLayer]:
+        """The expert layers within a decoder layer; the model has to be asked anew after each change."""
+        prefix = f"{self.path}.{index}"
+        return [
+            layer
+            for layer in expert_layers(self.model)
+            if layer.name == prefix or layer.name.startswith(f"{prefix}.")
+        ]
+
+    @contextmanager
+    def only(self, index: int, hidden: Callable[[], Tensor | None]) -> Iterator[list[Tensor]]:
+        """Let forwards of the model run one decoder layer and end behind it.
+
+        Args:
+            index: Of the layer; those before it pass through what they get.
+            hidden: Gives what the layer reads; ``None`` for what reaches it (the embeddings).
+
+        Yields:
+            What the layer gave, one tensor for each forward. Forwards end with an exception, which
+            `run` catches.
+        """
+        given: list[Tensor] = []
+        own = self.layers[index].forward
+
+        def run(first: Any, *args: Any, **kwargs: Any) -> Any:
+            reached = hidden()
+            output = own(first if reached is None else reached, *args, **kwargs)
+            given.append(output[0] if isinstance(output, tuple) else output)
+            raise _ReachedError
+
+        with ExitStack() as stack:
+            for number in range(index):
+                stack.enter_context(_with_forward(self.layers[number], lambda first, *_, **__: first))
+            stack.enter_context(_with_forward(self.layers[index], run))
+            yield given
+
+    def run(self, inputs: Mapping[str, Any]) -> None:
+        """A forward of the model within `only`."""
+        try:
+            self.model(**{**inputs, "use_cache": False})
+        except _ReachedError:
+            return
+        raise NotStreamableError(f"{type(self.model).__name__} did not run its decoder layers in order")
+
+    def step(self, index: int, inputs: Sequence[Mapping[str, Any]], hidden: list[Tensor]) -> list[Tensor]:
+        """Run one decoder layer on all batches.
+
+        Args:
+            index: Of the layer.
+            inputs: Arguments of the model, for each batch.
+            hidden: What the layer reads of each; not looked at for the first layer.
+
+        Returns:
+            What it gives, on the CPU.
+        """
+        reads: Iterator[Tensor | None] = iter(hidden if index else [None] * len(inputs))
+
+        def reading() -> Tensor | None:
+            reached = next(reads)
+            return None if reached is None else reached.to(self.model.device)
+
+        with self.only(index, reading) as given:
+            for batch in inputs:
+                self.run(batch)
+                given[-1] = given[-1].cpu()
+        return given
+
+    @torch.no_grad()
+    def is_faithful(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether layers run one by one give what the model's own forward gives, tried on a batch."""
+        outputs: list[Tensor] = []
+
+        def keep(_: Any, __: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.layers[-1].register_forward_hook(keep)
+        try:
+            self.model(**{**inputs, "use_cache": False})
+        finally:
+            handle.remove()
+        hidden: list[Tensor] = []
+        try:
+            for index in range(len(self)):
+                hidden = self.step(index, [inputs], hidden)
+        # A model may do anything with what its layers did not give as they always do.
+        except Exception:
+            return False
+        return len(outputs) == 1 and torch.equal(outputs[0].cpu(), hidden[0])
+
+
+@contextmanager
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _list_path(model: PreTrainedModel) -> str:
+    paths = {found[1] for layer in expert_layers(model) if (found := NUMBERED.match(layer.name))}
+    if len(paths) != 1 or not isinstance(model.get_submodule(min(paths, default="")), nn.ModuleList):
+        raise NotStreamableError(
+            f"the expert layers of {type(model).__name__} are not in one list of decoder layers "
+            f"({', '.join(sorted(paths)) or 'none'}); compress it in memory"
+        )
+    return paths.pop()

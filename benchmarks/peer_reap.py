@@ -1,7 +1,8 @@
 """One side of `compress_peer.py`, in a process of its own: `python peer_reap.py SIDE JOB.json`.
 
 SIDE is `theirs` (llm-compressor's REAP), `ours` or `ours, sequential` (moekit's), or `forward` (the model
-reads the same tokens, and nothing else). JOB says what and where; what was measured is written to its
+reads the same tokens, and nothing else). `ours, sequential, looking ahead` gives each token what comes after
+it to attend to, which a causal model never sees. JOB says what and where; what was measured is written to its
 `answer`.
 """
 
@@ -49,7 +50,7 @@ def theirs(job: dict[str, Any]) -> Callable[[], dict[str, list[int]]]:
     return work
 
 
-def ours(job: dict[str, Any], *, sequential: bool) -> Callable[[], dict[str, list[int]]]:
+def ours(job: dict[str, Any], *, sequential: bool, ahead: bool) -> Callable[[], dict[str, list[int]]]:
     """Calibrate, plan, apply and save, by moekit."""
     from moekit.compress import METHODS, apply_plan
     from moekit.moe import TokenBlocks, expert_layers, save_checkpoint
@@ -58,6 +59,9 @@ def ours(job: dict[str, Any], *, sequential: bool) -> Callable[[], dict[str, lis
 
     model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     layers, ids = expert_layers(model), load_file(job["tokens"])["input_ids"]
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = not ahead
     blocks = TokenBlocks(ids, torch.ones_like(ids), ("text",) * len(ids))
     options = {"experts": job["experts"], "form": "stock", "protect": False}
 
@@ -95,7 +99,11 @@ def main(side: str, job: dict[str, Any]) -> None:
     """Load, then time the work alone."""
     torch.set_num_threads(job["threads"])
     makers = {"theirs": theirs, "forward": forward}
-    work = makers[side](job) if side in makers else ours(job, sequential="sequential" in side)
+    work = (
+        makers[side](job)
+        if side in makers
+        else ours(job, sequential="sequential" in side, ahead="ahead" in side)
+    )
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, processor = time.perf_counter(), time.process_time()
     kept = work()

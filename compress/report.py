@@ -115,6 +115,7 @@ def report_dict(content: ReportContent, trees: Sequence[Tree | None] | None = No
     plain["generation"] = [asdict(row) for row in content.generation]
     plain["throughput"] = [asdict(row) for row in content.throughput]
     plain["healing"] = [asdict(row) for row in content.healing]
+    plain["gains"] = None if content.gains is None else asdict(content.gains)
     return _json_ready(plain)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .gain_map import GainMap
+
 Interval = tuple[float, float]
 
 # Upper ends of the relative rise in perplexity, with the words that the verdict uses for it.
@@ -210,6 +212,8 @@ class ReportContent:
     """Speed, for instance prefill and decoding in tokens/s."""
     healing: Sequence[HealingRow] = ()
     """What healing has done; empty if there was none."""
+    gains: GainMap | None = None
+    """How far the model could be cut; None if that was not asked."""
     warnings: Sequence[str] = ()
     """What the reader must know before trusting the model; plain text."""
     settings: Mapping[str, str] = field(default_factory=dict)

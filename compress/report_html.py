@@ -21,6 +21,7 @@ from ..moe.html_page import (
 )
 from .dendrogram import Tree, colour_indices, layer_svg, leaf_order
 from .figures import fidelity_bars, load_heatmap, size_bars
+from .gain_map import GainMap, gain_figure
 from .report_content import Comparison, DomainRow, HealingRow, Interval, LayerReport, ReportContent, verdict
 
 _OPEN_LAYERS = 4  # up to this many layers are shown unfolded
@@ -37,6 +38,7 @@ def report_html(content: ReportContent, trees: Sequence[Tree | None]) -> str:
         section("Verdict", f"<p>{text(verdict(content))}</p>", "verdict"),
         warning_list(content.warnings),
         _cards(content),
+        _gains(content.gains),
         _healing(content.healing),
         section("What was lost, by domain", _fidelity(content)),
         section("Generated text and speed", _comparisons([*content.generation, *content.throughput])),
@@ -130,6 +132,33 @@ def _healing(rows: Sequence[HealingRow]) -> str:
     remark = note("All other sections show the healed model.")
     head = ("Measure", "Original", "One-shot", "Healed")
     return section("What healing has done", table(head, map(table_row, cells)) + remark)
+
+
+def _gains(gains: GainMap | None) -> str:
+    if gains is None:
+        return ""
+    head = ("Cut", "Experts", "Weights", "Risk of the floor", "Quality expected", "measured", "")
+    rows = [
+        table_row(
+            (
+                str(index),
+                str(cut.experts),
+                format_bytes(cut.num_bytes),
+                number(cut.risk, "{:.1%}"),
+                number(cut.expected, "{:.3f}"),
+                number(cut.quality, "{:.3f}"),
+                "kept" if cut.is_kept else "<span class='worse'>taken back</span>",
+            )
+        )
+        for index, cut in enumerate(gains.steps, 1)
+    ]
+    remark = note(
+        f"A cut was allowed if quality would fall below {gains.floor:g} with a probability of at most "
+        f"{gains.risk:.1%}; in the end {gains.stop}. Quality is 1 minus the KL from the original, in "
+        "units of what the context tells the original of the next token, on the text that decided."
+    )
+    picture = figure_svg(gain_figure(gains), "Quality against bytes, and what is believed of it")
+    return section("How far it could be cut", picture + table(head, rows) + remark)
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> str:

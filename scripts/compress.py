@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ from ..compress.report import write_report
 from ..moe.checkpoint import save_checkpoint
 from ..moe.data import TokenBlocks
 from ..moe.discovery import expert_layers
-from ..moe.footprint import footprint
+from ..moe.footprint import Footprint, footprint
 from ..moe.layer import ExpertLayer
+from ..moe.statistics import RoutingStatistics
 from ..moe.statistics_file import FILE_NAME
 from .calibrate import Calibration, calibrate
 from .checkpoint_files import tensor_bytes
+from .collapse_store import add_run
 from .compress_presets import with_preset
 from .console import is_interactive, show, step, warn
+from .descent import Reached
 from .heal import heal
+from .healing import Healing
 from .load import load_model
 from .measure import Measurements, measure
 from .options import CompressOptions
@@ -43,6 +48,7 @@ from .record import (
 from .shared_folder import shared_folder
 from .staging import Staging
 from .stream import compress_streamed
+from .until_collapse import descend
 from .verify import verify_reload
 
 CARRIED_OVER = (
@@ -99,6 +105,9 @@ def run(options: CompressOptions, *, replace: bool = False) -> Path | None:
     if options.report:
         show(f"report: {options.out / 'report.html'}")
     show(f"model:  {options.out}")
+    if finished.reached is not None and options.collapse_store is not None:
+        trail, identity = finished.reached.trail, finished.plan.model
+        add_run(options.collapse_store, identity.fingerprint, options.model, trail.points)
     return options.out
 
 
@@ -167,11 +176,37 @@ def _calibrate(job: Job, model: PreTrainedModel, folder: Path) -> Calibration:
     )
 
 
-def _compress(job: Job, staging: Staging) -> Run | None:
-    """Do the work within the hidden folder; None in other processes than the main one."""
-    options, output, is_main = job.options, staging.output, job.processes.is_main
-    model, layers = _load(job)
-    before = footprint(model, layers)
+@dataclass(kw_only=True)
+class _Made:
+    """A compressed model in memory."""
+
+    model: Any
+    plan: CompressionPlan
+    statistics: RoutingStatistics
+    after: Footprint
+    """As planned, before healing and writing."""
+    merging: dict[str, dict[str, Any]]
+    one_shot: Measurements | None = None
+    healing: Healing | None = None
+    reached: Reached | None = None
+
+
+def _make(job: Job, model: PreTrainedModel, layers: list[ExpertLayer], staging: Staging) -> _Made | None:
+    """Plan, apply and heal, in whatever way was asked for; None in processes that have done their part."""
+    options, is_main = job.options, job.processes.is_main
+    if options.until_collapse_risk is not None:
+        model, reached = descend(job, model, staging)
+        after = footprint(model, expert_layers(model))
+        staging.reserve(after.total_bytes)
+        return _Made(
+            model=model,
+            plan=reached.plan,
+            statistics=reached.statistics,
+            after=after,
+            merging=reached.merging,
+            healing=reached.healing,
+            reached=reached,
+        )
     if is_sequential(options):
         plan, statistics, merging = plan_in_sequence(job, model, layers)
         after = footprint(model, layers)
@@ -187,39 +222,52 @@ def _compress(job: Job, staging: Staging) -> Run | None:
         step(f"From {sum(p.num_experts for p in plan.layers)} experts to {plan.actual_experts}")
         merging = apply_plan(model, plan, samples=calibration.samples, progress=is_interactive())
         del calibration
-    one_shot, healing = None, None
+    made = _Made(model=model, plan=plan, statistics=statistics, after=after, merging=merging)
     if options.heal != "none":
-        one_shot = _measure(job, model) if options.report and is_main else None
+        made.one_shot = _measure(job, model) if options.report and is_main else None
         step(f"Healing: {options.heal}, on {job.texts.calibration.num_tokens:,} tokens")
-        healing = heal(job, model, staging.work / "healing")
-    if not is_main:
+        made.healing = heal(job, model, staging.work / "healing")
+    return made if is_main else None
+
+
+def _compress(job: Job, staging: Staging) -> Run | None:
+    """Do the work within the hidden folder; None in other processes than the main one."""
+    options, output = job.options, staging.output
+    model, layers = _load(job)
+    before = footprint(model, layers)
+    made = _make(job, model, layers, staging)
+    del model, layers
+    if made is None:
         return None
+    model = made.model
     step("Writing the checkpoint and reading it back")
     form = save_checkpoint(model, output, max_shard_size=options.max_shard_size)
     carry_over(job.source.folder, output)
-    plan.save(output / PLAN_FILE)
-    statistics.save(output / STATISTICS_FOLDER / FILE_NAME)
+    made.plan.save(output / PLAN_FILE)
+    made.statistics.save(output / STATISTICS_FOLDER / FILE_NAME)
     reloaded, difference = verify_reload(model, output, job.texts.held_out)
-    del model, layers  # room for the original
+    made.model = None
+    del model  # room for the original
     source_bytes, written = tensor_bytes(job.source.folder), tensor_bytes(output)
     sizes = {"source": source_bytes, "loaded": before.total_bytes, "written": written}
     finished = Run(
         options=options,
         model_class=type(reloaded).__name__,
-        plan=plan,
-        statistics=statistics,
+        plan=made.plan,
+        statistics=made.statistics,
         form=form,
         before=before,
-        after=after,
+        after=made.after,
         source_bytes=source_bytes,
         written_bytes=written,
-        merging=merging,
+        merging=made.merging,
         reload_difference=difference,
         measured=_measure(job, reloaded) if options.report else None,
-        one_shot=one_shot,
-        healing=healing,
+        one_shot=made.one_shot,
+        healing=made.healing,
+        reached=made.reached,
         data=job.data,
-        warnings=find_warnings(plan, statistics, foretold=after.total_bytes, written=written)
+        warnings=find_warnings(made.plan, made.statistics, foretold=made.after.total_bytes, written=written)
         + size_warnings(**sizes, dtypes=_dtypes(job, reloaded)),
     )
     _write_records(finished, output)
@@ -261,6 +309,7 @@ def _stream(job: Job, staging: Staging) -> Run | None:
         measured=None,
         one_shot=None,
         healing=None,
+        reached=None,
         data=job.data,
         warnings=find_warnings(done.plan, done.statistics, foretold=done.after.total_bytes, written=written),
     )

@@ -96,6 +96,13 @@ class CompressOptions(CommonOptions):
     sensitivity: more where cutting a layer alone is seen to hurt more."""
     layer_experts: Integers = ()
     """Experts to keep in each MoE layer, one number each, instead of --experts."""
+    until_collapse_risk: OptionalNumber = None
+    """Instead of --experts: cut step by step, heal (--heal), measure, and stop where the next cut would fall
+    below --quality-floor with more than this probability. For methods that prune."""
+    quality_floor: float = 0.9
+    """Of that: what is to be left of all that the original gets from the context, 1 for all of it."""
+    collapse_store: OptionalPath = None
+    """Of that: a file in which runs leave what they saw, for later ones on models of the same shape."""
     protect: Switch = True
     """With --no-protect: super experts, whose outputs dwarf all others, are dropped and merged like any."""
     similarity: Literal["auto", "router-logits", "weights", "outputs"] = "auto"

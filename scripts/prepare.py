@@ -25,6 +25,7 @@ from .calibrate import (
     read_texts,
     sequence_length,
 )
+from .descent_checks import check_descent, check_descent_layers
 from .healing import check_healing
 from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
 from .options import CompressOptions
@@ -81,6 +82,8 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
     model = skeleton(source)
     layers = expert_layers(model)
     plan = None if options.plan is None else CompressionPlan.load(options.plan)
+    if options.until_collapse_risk is not None:
+        check_descent_layers(layers)
     if plan is None:
         share_experts(layers, even_statistics(layers), **budget_options(options))
         if (rule := low_rank_rule(options)) is not None:
@@ -106,6 +109,8 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
     for blocks in (texts.calibration, texts.held_out):
         check_token_ids(blocks, model)
     processes = join_processes("compress", options.device)
+    if processes.count > 1 and options.until_collapse_risk is not None:
+        raise ValueError("--until-collapse-risk decides step by step in one process; start one")
     processes.share(texts.calibration, options.batch_size)
     return Job(
         options=options,
@@ -136,11 +141,12 @@ def _check_options(options: CompressOptions, *, replace: bool) -> None:
         _check_plan_output(options.out)
     elif options.out is not None:
         check_output(options.out, replace=replace)
-    flags = ("experts", "ratio", "layer_experts", "plan")
+    flags = ("experts", "ratio", "layer_experts", "until_collapse_risk", "plan")
     given = [flag.replace("_", "-") for flag in flags if getattr(options, flag) not in (None, ())]
     if len(given) != 1:
         said = "none of them" if not given else " and ".join(f"--{flag}" for flag in given)
-        raise ValueError(f"give one of --experts, --ratio, --layer-experts and --plan, got {said}")
+        allowed = "--experts, --ratio, --layer-experts, --until-collapse-risk and --plan"
+        raise ValueError(f"give one of {allowed}, got {said}")
     if options.plan is not None and options.plan_only:
         raise ValueError("--plan carries out a plan and --plan-only makes one; give either")
     _check_planned(options)
@@ -150,6 +156,7 @@ def _check_options(options: CompressOptions, *, replace: bool) -> None:
         raise ValueError(f"--answer-marker {options.answer_marker!r} is blank")
     check_shard_size(options.max_shard_size)
     _check_stream(options)
+    check_descent(options)
     check_machine(options.device, options.seed)
 
 
@@ -301,6 +308,8 @@ def is_sequential(options: CompressOptions) -> bool:
 def budget_options(options: CompressOptions) -> dict[str, Any]:
     """How many experts each layer is to keep, as `share_experts` is asked."""
     given = {"experts": options.experts, "ratio": options.ratio, "exclude_layers": options.exclude_layers}
+    if options.until_collapse_risk is not None:
+        given["ratio"] = 1.0  # where it begins
     return given | ({"layer_experts": options.layer_experts} if options.layer_experts else {})
 
 

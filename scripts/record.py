@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..compress.gain_map import GainMap
 from ..compress.plan import CompressionPlan
 from ..compress.protection import super_experts
 from ..compress.report_content import (
@@ -22,6 +23,7 @@ from ..compress.report_content import (
 from ..moe.footprint import PARTS, Footprint
 from ..moe.statistics import RoutingStatistics
 from .console import megabytes, millions, table
+from .descent import Reached, gain_map
 from .healing import Healing
 from .measure import Measurements
 from .options import CompressOptions, command_line
@@ -62,6 +64,8 @@ class Run:
     one_shot: Measurements | None
     """Of the compressed model before it was healed, if it was."""
     healing: Healing | None
+    reached: Reached | None
+    """Where cutting until the risk of a collapse has ended, if that was asked for."""
     data: str
     warnings: tuple[str, ...]
 
@@ -190,7 +194,16 @@ def report_content(run: Run) -> ReportContent:
         warnings=run.warnings,
         settings=_settings(run),
         healing=[] if run.one_shot is None else [HealingRow(*row) for row in fidelity_rows(run)],
+        gains=_gains(run),
     )
+
+
+def _gains(run: Run) -> GainMap | None:
+    options = run.options
+    if run.reached is None or options.until_collapse_risk is None:
+        return None
+    floor, risk = options.quality_floor, options.until_collapse_risk
+    return gain_map(run.reached, before=run.before, floor=floor, risk=risk)
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -240,6 +253,7 @@ def write_run_file(run: Run, folder: Path) -> None:
             "one_shot": None if run.one_shot is None else run.one_shot.to_dict(),
         },
         "healing": None if run.healing is None else {**run.healing.to_dict(), "history": run.healing.history},
+        "descent": None if run.reached is None else asdict(run.reached.trail),
         "warnings": list(run.warnings),
     }
     text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False)

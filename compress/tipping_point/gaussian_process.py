@@ -118,9 +118,20 @@ class LogPosterior:
         x: Where the function was observed.
         y: What was observed.
         pinned: Points without noise.
+        length_prior: Shape and scale of the inverse gamma prior of the length scale.
+        noise_prior: Of that of the noise.
     """
 
-    def __init__(self, x: Array, y: Array, pinned: tuple[tuple[float, float], ...] = ((0.0, 0.0),)) -> None:
+    def __init__(
+        self,
+        x: Array,
+        y: Array,
+        pinned: tuple[tuple[float, float], ...] = ((0.0, 0.0),),
+        *,
+        length_prior: tuple[float, float] = LENGTH_PRIOR,
+        noise_prior: tuple[float, float] = NOISE_PRIOR,
+    ) -> None:
+        self.length_prior, self.noise_prior = length_prior, noise_prior
         check_points(x, y)
         self.at, self.targets, self.is_noisy = with_pins(x, y, 1.0, pinned)
         self.squares = (self.at[:, None] - self.at) ** 2
@@ -131,8 +142,8 @@ class LogPosterior:
         length, noise = np.exp(logs)
         return (
             likelihood
-            + _inverse_gamma(length, *LENGTH_PRIOR)
-            + _inverse_gamma(noise, *NOISE_PRIOR)
+            + _inverse_gamma(length, *self.length_prior)
+            + _inverse_gamma(noise, *self.noise_prior)
             + logs.sum()
         )
 

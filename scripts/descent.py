@@ -1,0 +1,126 @@
+"""What a descent until the risk of a collapse has done and reached."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..compress.gain_map import GainMap, GainStep
+from ..compress.plan import CompressionPlan
+from ..compress.tipping_point.controller import Belief
+from ..moe.footprint import Footprint
+from ..moe.statistics import RoutingStatistics
+from .healing import Healing
+
+
+@dataclass(kw_only=True)
+class Cut:
+    """One step: what was decided, and what came of it."""
+
+    experts: int
+    """Of each layer, afterwards."""
+    risk: float
+    expected: float
+    reason: str
+    quality: float
+    is_kept: bool
+    """Whether quality stayed above the floor."""
+
+
+@dataclass(kw_only=True)
+class Trail:
+    """All that a run has done so far, as it is kept on the disk."""
+
+    information: float
+    """Of the context, nats: the KL at which nothing of it is left."""
+    whole: int
+    """Experts of each layer of the original."""
+    kept: dict[str, list[int]]
+    """By layer, the experts of the original that are left."""
+    cuts: list[Cut] = field(default_factory=list)
+    checkpoint: str | None = None
+    """Folder of the last good state; None for the original."""
+    stop: str = ""
+    """Why no further cut was made."""
+
+    @property
+    def experts(self) -> int:
+        """Of each layer, at present."""
+        return len(next(iter(self.kept.values())))
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Shares kept and qualities."""
+        return [(cut.experts / self.whole, cut.quality) for cut in self.cuts]
+
+    @property
+    def failed(self) -> int:
+        """Largest size below the floor."""
+        return max((cut.experts for cut in self.cuts if not cut.is_kept), default=0)
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Trail":
+        """What `save` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**values | {"cuts": [Cut(**cut) for cut in values["cuts"]]})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """Where a run has ended."""
+
+    plan: CompressionPlan
+    """From the original to what is left, without the healing."""
+    statistics: RoutingStatistics
+    """Of the original."""
+    merging: dict[str, dict[str, Any]]
+    healing: Healing | None
+    trail: Trail
+    belief: Belief
+    """At all sizes, at the end."""
+
+
+def gain_map(reached: Reached, *, before: Footprint, floor: float, risk: float) -> GainMap:
+    """For the report.
+
+    Args:
+        reached: Where a descent has ended.
+        before: Of the original.
+        floor: Quality that had to stay.
+        risk: That was allowed.
+    """
+    trail, belief = reached.trail, reached.belief
+    of_experts = before.bytes["experts"]
+    sizes = [round(share * trail.whole) for share in belief.kept]
+
+    def num_bytes(experts: int) -> int:
+        return before.total_bytes - of_experts * (trail.whole - experts) // trail.whole
+
+    steps = [
+        GainStep(
+            experts=cut.experts,
+            num_bytes=num_bytes(cut.experts),
+            risk=cut.risk,
+            expected=cut.expected,
+            quality=cut.quality,
+            is_kept=cut.is_kept,
+        )
+        for cut in trail.cuts
+    ]
+    return GainMap(
+        floor=floor,
+        risk=risk,
+        experts=sizes,
+        num_bytes=[num_bytes(size) for size in sizes],
+        mean=belief.mean.tolist(),
+        deviation=belief.deviation.tolist(),
+        crossing=belief.crossing.tolist(),
+        steps=steps,
+        stop=trail.stop,
+    )

@@ -1,0 +1,60 @@
+"""What `moekit compress --until-collapse-risk` refuses before any work."""
+
+from collections.abc import Sequence
+
+from ..compress.scores import SCORES
+from ..moe.layer import ExpertLayer
+from .options import CompressOptions
+
+
+def check_descent(options: CompressOptions) -> None:
+    """Refuse what cannot be cut step by step.
+
+    Raises:
+        ValueError: A risk or a floor out of range, a method that does not prune, or options that say
+            otherwise how many experts stay.
+    """
+    defaults = CompressOptions(model=options.model)
+    if options.until_collapse_risk is None:
+        for name in ("quality_floor", "collapse_store"):
+            if getattr(options, name) != getattr(defaults, name):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} is of --until-collapse-risk; add that, or leave it out")
+        return
+    if not 0 <= options.until_collapse_risk <= 1:
+        raise ValueError(
+            f"--until-collapse-risk {options.until_collapse_risk} is not a probability from 0 to 1"
+        )
+    if not options.quality_floor <= 1:
+        raise ValueError(
+            f"--quality-floor {options.quality_floor} is above the present quality, which is 1: the original "
+            "keeps all of itself"
+        )
+    if options.method not in SCORES:
+        raise ValueError(
+            f"--until-collapse-risk cuts a model again and again, which --method {options.method} cannot: "
+            f"take one that prunes ({', '.join(SCORES)})"
+        )
+    taken = {
+        "--stream": options.stream,
+        "--plan-only": options.plan_only,
+        "--rank": options.rank is not None,
+        "--exclude-layers": bool(options.exclude_layers),
+        f"--grouping {options.grouping}": options.grouping not in ("auto", "uniform"),
+        "--sequential on": options.sequential == "on",
+    }
+    if said := [flag for flag, is_said in taken.items() if is_said]:
+        raise ValueError(f"--until-collapse-risk and {said[0]} exclude each other; leave one of them out")
+
+
+def check_descent_layers(layers: Sequence[ExpertLayer]) -> None:
+    """Refuse layers of different sizes, which one number cannot describe.
+
+    Raises:
+        ValueError: Names the sizes.
+    """
+    if len(sizes := sorted({layer.num_experts for layer in layers})) > 1:
+        raise ValueError(
+            f"the layers have {', '.join(map(str, sizes))} experts; --until-collapse-risk needs the same "
+            "number in each"
+        )

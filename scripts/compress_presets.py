@@ -6,8 +6,8 @@ from typing import Any
 from .options import CompressOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The lowest KL of all at every size, on both models of benchmarks/compress_rivals.py.
-    "best": {"method": "ean", "grouping": "sensitivity"},
+    # The lowest KL of all at every size, on both models of benchmarks/compress_rivals.py, and healed as there.
+    "best": {"method": "ean", "grouping": "sensitivity", "heal": "router", "heal_learning_rate": 3e-4},
 }
 
 
@@ -16,6 +16,8 @@ def with_preset(options: CompressOptions) -> CompressOptions:
     if options.preset == "none":
         return options
     defaults = {field.name: field.default for field in fields(options)}
-    values = PRESETS[options.preset]
+    values = dict(PRESETS[options.preset])
+    if options.heal != defaults["heal"] or options.plan_only:  # another healing, or nothing to heal
+        values = {name: value for name, value in values.items() if not name.startswith("heal")}
     left_open = {name: value for name, value in values.items() if getattr(options, name) == defaults[name]}
     return replace(options, **left_open)

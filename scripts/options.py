@@ -86,8 +86,8 @@ class CompressOptions(CommonOptions):
     plan_only: bool = False
     """Make and show the plan, and stop."""
     preset: Literal["none", "best"] = "none"
-    """best: what had the lowest KL in our benchmarks, --method ean with --grouping sensitivity; other values
-    that are given stand."""
+    """best: what had the lowest KL in our benchmarks, --method ean with --grouping sensitivity, and --heal
+    router; other values that are given stand."""
     method: Method = "m-smoe"
     """m-smoe, hc-smoe and ream merge groups of experts; the others keep the experts of the highest score and
     drop the rest. aimer and random need no data. See docs/compress.md."""

@@ -1,5 +1,7 @@
 """Planning layer by layer, and what a layer suffers alone."""
 
+import json
+
 import pytest
 import torch
 from moekit.compress import METHODS, CompressionPlan, apply_plan
@@ -204,6 +206,11 @@ def test_the_best_preset_leaves_what_is_said(checkpoint, data, tmp_path):
     assert run(checkpoint, data, tmp_path / "out", "--preset", "best", "--experts", "4") == 0
     plan = CompressionPlan.load(tmp_path / "out" / "plan.json")
     assert (plan.method, plan.settings["grouping"]) == ("ean", "sensitivity")
+    run_file = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert run_file["healing"]["mode"] == "router"
+    assert with_preset(CompressOptions(model="m", preset="best", plan_only=True)).heal == "none"
+    kd = with_preset(CompressOptions(model="m", preset="best", heal="kd"))
+    assert (kd.heal, kd.heal_learning_rate) == ("kd", None)
     said = CompressOptions(model="m", preset="best", grouping="uniform")
     assert (with_preset(said).method, with_preset(said).grouping) == ("ean", "uniform")
     plain = CompressOptions(model="m")

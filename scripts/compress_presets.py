@@ -6,7 +6,7 @@ from typing import Any
 from .options import CompressOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The lowest KL of all at every size, on both models of benchmarks/compress_rivals.py, and healed as there.
+    # The lowest KL of all on both models of benchmarks/compress_rivals.py, healed as there.
     "best": {"method": "ean", "grouping": "sensitivity", "heal": "router", "heal_learning_rate": 3e-4},
 }
 

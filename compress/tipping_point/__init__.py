@@ -2,6 +2,7 @@
 
 from .decision import Policy, solve
 from .gaussian_process import GaussianProcess, LogPosterior, most_likely, sample_hyperparameters
+from .gpdp import gp_policy
 from .parametric import Fit, Posterior, fit, sample
 from .population import Allen, Myers, Ricker, simulate_unharvested
 from .simulation import Replicates, simulate
@@ -18,6 +19,7 @@ __all__ = [
     "Replicates",
     "Ricker",
     "fit",
+    "gp_policy",
     "gp_transitions",
     "model_transitions",
     "most_likely",

@@ -11,6 +11,7 @@ from moekit.compress.tipping_point import (
     Myers,
     Ricker,
     fit,
+    gp_policy,
     gp_transitions,
     model_transitions,
     most_likely,
@@ -21,12 +22,7 @@ from moekit.compress.tipping_point import (
 )
 from moekit.compress.tipping_point.fishery_data import SERIES
 from moekit.compress.tipping_point.parametric import log_likelihood
-from moekit.compress.tipping_point.published import (
-    published_processes,
-    published_solution,
-    published_transitions,
-    released_escapement,
-)
+from moekit.compress.tipping_point.published import published_transitions, released_escapement
 from scipy.integrate import quad
 from scipy.stats import invgamma, multivariate_normal
 
@@ -64,6 +60,13 @@ def test_the_process_keeps_the_stock_and_earns_what_the_truth_earns(processes):
     assert (found.total_harvest / best.total_harvest).mean() >= 0.9
 
 
+def test_the_policy_of_a_series_in_one_call():
+    policy = gp_policy(DATA, GRID, iterations=3000)
+    assert simulate(TRUTH, policy).crash_share(1.0) <= 0.05
+    with pytest.raises(ValueError, match="at least 3 stocks"):
+        gp_policy(DATA[:2], GRID)
+
+
 def test_ricker_crashes_in_every_replicate():
     fitted = fit("Ricker", DATA)
     policy = solve(model_transitions([(fitted.growth, fitted.noise)], GRID), GRID)
@@ -81,8 +84,7 @@ def test_most_likely_parameters_are_the_known_ones():
 
 @pytest.mark.slow
 def test_the_released_code_leaves_what_its_authors_archived():
-    drawn = published_processes(X, Y, np.random.default_rng(0))
-    policy = published_solution(published_transitions(drawn, GRID), GRID)
+    policy = gp_policy(DATA, GRID, published_code=True)
     same = np.isclose(policy.escapement, released_escapement(GRID))
     # From 6.43 to 6.73 it goes at stocks of about 8.6 to 8.9; the draws of the walk decide where.
     assert same[:28].all()

@@ -166,7 +166,10 @@ def test_job_gets_the_parsed_options(monkeypatch):
         (("--experts", 1, "--out", "OUT"), "fewer than its router selects, top_k=2"),
         (("--ratio", 1.5, "--out", "OUT"), "ratio=1.5 is not a share in (0, 1]"),
         (("--ratio", 0.5), "--out is missing"),
-        (("--out", "OUT"), "give one of --experts, --ratio, --layer-experts and --plan, got none of them"),
+        (
+            ("--out", "OUT"),
+            "--until-collapse-risk and --plan, got none of them",
+        ),
         (("--experts", 4, "--ratio", 0.5, "--out", "OUT"), "got --experts and --ratio"),
         (("--plan", "none.json", "--out", "OUT"), "there is no plan at 'none.json'"),
         (("--plan", "p", "--plan-only", "--out", "OUT"), "--plan carries out a plan"),

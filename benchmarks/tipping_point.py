@@ -22,11 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from dropout_report import insert_table, markdown
+from fishery import interval
+from matplotlib.figure import Figure
 from moekit.compress import METHODS, apply_plan
 from moekit.compress.retained_quality import context_information, retained_quality
 from moekit.compress.tipping_point.controller import believe, decide
 from moekit.moe import expert_layers, load_documents, split_blocks, token_blocks
-from moekit.moe.figure_style import AFTER, BAD, INK
+from moekit.moe.figure_style import AFTER, BAD, GRID, INK, figure_png, styled
 from moekit.scripts.calibrate import record
 from scipy.optimize import curve_fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -182,12 +185,48 @@ def main(config: TippingConfig) -> None:
                 rows.append(row)
                 with config.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-                shown = (
-                    ("25 % a step", INK, "^"),
-                    ("extrapolation", BAD, "s"),
-                    ("controller, risk 0.05", AFTER, "o"),
-                )
-            for area, (way, colour, marker) in zip((70, 34, 14), shown, strict=True):
+                shown = ("kept", "quality", "crossed", "steps")
+                print(row["model"], seed, floor, way, {key: row[key] for key in shown}, flush=True)
+    text = config.document.read_text(encoding="utf-8")
+    config.document.write_text(insert_table(text, "tipping_point", table(rows)), encoding="utf-8")
+    figure = figure_png(picture(rows), 110)
+    (config.document.parent / "figures" / "tipping_point.png").write_bytes(figure)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over models and seeds, with 95 % intervals of them."""
+    cells = []
+    for floor in sorted({row["floor"] for row in rows}, reverse=True):
+        for way in rules(floor):
+            found = [row for row in rows if (row["floor"], row["way"]) == (floor, way)]
+            numbers = [interval([float(row[key]) for row in found]) for key in ("kept", "crossed")]
+            fall = f"{min(row['deepest fall'] for row in found):.2f}"
+            cells.append(
+                [f"{floor:g}", way, *numbers, fall, interval([float(row["steps"]) for row in found])]
+            )
+    head = ["floor", "way", "experts kept, share", "crossed the floor, share", "deepest fall", "cuts"]
+    return markdown(head, cells)
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Every cut of every way: what was kept against quality."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    with styled():
+        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+        for axes, model in zip(
+            figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models, strict=True
+        ):
+            seen: set[tuple[float, float]] = set()
+            for row in rows:
+                if row["model"] == model:
+                    seen |= {(kept, quality) for kept, quality in row["points"]}
+            axes.scatter(*zip(*seen, strict=True), s=8, color=GRID, label="all cuts")
+            looks = (
+                ("25 % a step", INK, "^"),
+                ("extrapolation", BAD, "s"),
+                ("controller, risk 0.05", AFTER, "o"),
+            )
+            for area, (way, colour, marker) in zip((70, 34, 14), looks, strict=True):
                 ends = [(r["kept"], r["quality"]) for r in rows if r["model"] == model and r["way"] == way]
                 look = {"s": area, "color": colour, "marker": marker, "alpha": 0.8}
                 axes.scatter(*zip(*ends, strict=True), label=f"end of {way}", **look)

@@ -14,7 +14,7 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ import tyro
 from compress_quality import accuracies
 from moekit.compress import METHODS, apply_plan, compare_models, generate_completions, loop_share
 from moekit.compress.budget import sensitivity_counts
+from moekit.compress.methods import NEEDS_SAMPLES
 from moekit.distill import DistillTrainer, StudentInTraining, train_only_routers
 from moekit.distill.teachers import ModelTeacher
 from moekit.moe import expert_layers, load_documents, split_blocks, token_blocks
@@ -51,6 +52,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "M-SMoE, by sensitivity": {"method": "m-smoe", "grouping": "sensitivity"},
     "EAN": {"method": "ean"},
     "EAN, by sensitivity": {"method": "ean", "grouping": "sensitivity"},
+    "MoNE": {"method": "mone"},
+    "MoNE, by sensitivity": {"method": "mone", "grouping": "sensitivity"},
+    "EAN and constants": {"method": "ean", "router": "constant"},
+    "EAN and constants, by sensitivity": {"method": "ean", "router": "constant", "grouping": "sensitivity"},
     "frequency": {"method": "frequency"},
     "routing weight": {"method": "routing-weight"},
     "MAN": {"method": "man"},
@@ -68,6 +73,8 @@ HEALED = (
     "EAN",
     "EAN, by sensitivity",
     "frequency",
+    "MoNE",
+    "EAN and constants, by sensitivity",
 )
 STAGES = ("one-shot", "router", "kd")
 LOOPS = 32
@@ -166,7 +173,7 @@ def compress(
     options = dict(ARMS[arm])
     model, method = copy.deepcopy(setting.original), options.pop("method")
     layers, blocks = expert_layers(model), setting.calibration_blocks(seed)
-    needs_samples = method in ("hc-smoe", "ream")
+    needs_samples = method in NEEDS_SAMPLES
     planner: Callable[..., Any] = partial(METHODS[method], experts=experts, seed=seed)
     if options.pop("sequential", False):
 
@@ -193,18 +200,28 @@ def compress(
     return model
 
 
-def heal(setting: Setting, model: Any, stage: str, seed: int) -> None:
+def heal(
+    model: Any,
+    original: Any,
+    rows: Any,
+    stage: str,
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int = 8,
+    learning_rate: float = 3e-4,
+    callbacks: Sequence[Any] = (),
+) -> None:
     """Train in place."""
     model.requires_grad_(True)  # it is a copy of the original, which as a teacher is frozen
     if stage == "router":
         train_only_routers(model)
-    config = setting.config
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=config.heal_steps,
-            per_device_train_batch_size=config.heal_batch,
-            learning_rate=config.learning_rate,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             save_strategy="no",
@@ -217,9 +234,10 @@ def heal(setting: Setting, model: Any, stage: str, seed: int) -> None:
         trainer: Any = DistillTrainer(
             model=StudentInTraining(model.train(), RECIPES[stage]),
             args=arguments,
-            train_dataset=setting.healing_rows,
+            train_dataset=rows,
             data_collator=default_data_collator,
-            teacher=ModelTeacher(setting.original),
+            teacher=ModelTeacher(original),
+            callbacks=list(callbacks),
         )
         trainer.train()
     model.eval()
@@ -262,7 +280,16 @@ def main(config: RivalsConfig) -> None:
                     model = copy.deepcopy(compressed)
                     if key[-1] != "one-shot":
                         begin = time.perf_counter()
-                        heal(setting, model, key[-1], seed)
+                        heal(
+                            model,
+                            setting.original,
+                            setting.healing_rows,
+                            key[-1],
+                            steps=config.heal_steps,
+                            seed=seed,
+                            batch_size=config.heal_batch,
+                            learning_rate=config.learning_rate,
+                        )
                     keep(key, begin, model)
 
 

@@ -1,14 +1,15 @@
 """How far to compress: fixed schedules, extrapolation, and the controller that knows what it does not know.
 
     python benchmarks/tipping_point.py --models MODEL ... --data valid.jsonl.gz
+    python benchmarks/tipping_point.py ... --train train.jsonl.gz --heal-steps 16
 
 Every way goes down by pruning (EAN), step by step from the original, measures quality on held-out text after
 each cut, takes the last cut back if it fell below the floor, and ends when it has, or when its rule says so.
 Fixed schedules take a share of the remaining experts; extrapolations fit a line or a logistic curve (chosen
 by AIC) to the cuts so far, after two single ones; the controller is that of `moekit compress
---until-collapse-risk`. Seeds choose the calibration text and the held-out text. Writes
-`benchmarks/results/tipping_point.jsonl` (rows that are there are not run again), the figure and the table of
-`docs/tipping_point.md`.
+--until-collapse-risk`. With `--heal-steps` the routers learn from the original after every cut. Seeds choose
+the calibration text and the held-out text. Writes `benchmarks/results/tipping_point.jsonl` (rows that are
+there are not run again), the figure and the tables of `docs/tipping_point.md`.
 """
 
 import copy
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from compress_rivals import heal
 from dropout_report import insert_table, markdown
 from fishery import interval
 from matplotlib.figure import Figure
@@ -31,6 +33,7 @@ from moekit.compress.tipping_point.controller import believe, decide
 from moekit.moe import expert_layers, load_documents, split_blocks, token_blocks
 from moekit.moe.figure_style import AFTER, BAD, GRID, INK, figure_png, styled
 from moekit.scripts.calibrate import record
+from moekit.scripts.train_data import BlockRows
 from scipy.optimize import curve_fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,6 +47,10 @@ class TippingConfig:
 
     models: tuple[str, ...]
     data: str
+    train: str | None = None
+    """Text to heal on."""
+    heal_steps: int = 0
+    """Of the routers, after each cut."""
     seeds: tuple[int, ...] = (0, 1, 2)
     floors: tuple[float, ...] = (0.9, 0.7)
     calibration_tokens: int = 16_384
@@ -121,6 +128,16 @@ class Descents:
         blocks = token_blocks(load_documents(config.data), tokenizer, seq_len=config.seq_len, seed=seed)
         pool, self.held_out = split_blocks(blocks, held_out_tokens=config.eval_tokens, seed=seed)
         self.pool = pool.select(range(config.calibration_tokens // config.seq_len))
+        self.seed, self.heal_steps, self.rows = seed, config.heal_steps, None
+        if config.heal_steps and config.train:
+            training = token_blocks(
+                load_documents(config.train),
+                tokenizer,
+                seq_len=config.seq_len,
+                max_tokens=config.heal_steps * 8 * config.seq_len,
+                seed=seed,
+            )
+            self.rows = BlockRows(training)
         self.information = context_information(self.original, self.held_out)
         layers = expert_layers(self.original)
         self.whole, self.smallest = layers[0].num_experts, layers[0].top_k
@@ -134,6 +151,8 @@ class Descents:
             layers = expert_layers(model)
             statistics = record(model, layers, self.pool, 8)
             apply_plan(model, METHODS["ean"](layers, statistics, experts=path[-1]))
+            if self.rows is not None:
+                heal(model, self.original, self.rows, "router", steps=self.heal_steps, seed=self.seed)
             quality = retained_quality(self.original, model, self.held_out, self.information)
             self.known[path] = (model, min(quality, 1.0))
         return self.known[path][1]
@@ -169,27 +188,37 @@ def descend(descents: Descents, rule: Rule, floor: float) -> dict[str, Any]:
 
 def main(config: TippingConfig) -> None:
     """Run what is missing, then report."""
+    if bool(config.heal_steps) != bool(config.train):
+        raise SystemExit("--heal-steps and --train belong together")
     torch.set_num_threads(config.threads)
     lines = config.results.read_text(encoding="utf-8").splitlines() if config.results.exists() else []
     rows = list(map(json.loads, lines))
-    done = {(row["model"], row["seed"], row["floor"], row["way"]) for row in rows}
+    done = {(row["heal_steps"], row["model"], row["seed"], row["floor"], row["way"]) for row in rows}
     for model in config.models:
         for seed in config.seeds:
             wanted = [(floor, way) for floor in config.floors for way in rules(floor)]
-            if all((Path(model).name, seed, *key) in done for key in wanted):
+            if all((config.heal_steps, Path(model).name, seed, *key) in done for key in wanted):
                 continue
             descents = Descents(config, model, seed)
             for floor, way in wanted:
                 row = {"model": Path(model).name, "seed": seed, "floor": floor, "way": way}
-                row |= {"whole": descents.whole, **descend(descents, rules(floor)[way], floor)}
+                row |= {
+                    "heal_steps": config.heal_steps,
+                    "whole": descents.whole,
+                    **descend(descents, rules(floor)[way], floor),
+                }
                 rows.append(row)
                 with config.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 shown = ("kept", "quality", "crossed", "steps")
                 print(row["model"], seed, floor, way, {key: row[key] for key in shown}, flush=True)
+    bare, healed = ([row for row in rows if bool(row["heal_steps"]) is trained] for trained in (False, True))
     text = config.document.read_text(encoding="utf-8")
-    config.document.write_text(insert_table(text, "tipping_point", table(rows)), encoding="utf-8")
-    figure = figure_png(picture(rows), 110)
+    text = insert_table(text, "tipping_point", table(bare))
+    if healed:
+        text = insert_table(text, "tipping_point_healed", table(healed))
+    config.document.write_text(text, encoding="utf-8")
+    figure = figure_png(picture(bare), 110)
     (config.document.parent / "figures" / "tipping_point.png").write_bytes(figure)
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..moe.checkpoint import update_expert_count
+from ..moe.constants import keep_weights, set_constants
 from ..moe.discovery import expert_layers
 from ..moe.layer import ExpertLayer
 from ..moe.router import mix_router_rows
@@ -17,6 +18,7 @@ from ..moe.samples import InputSamples
 from ..moe.weights import ExpertWeights
 from .activation_matching import check_samples, match_activations
 from .alignment import Alignment, align_expert, permute_expert
+from .expert_outputs import routed_outputs, sampled_inputs
 from .layer_plan import ExpertGroup, LayerPlan
 from .low_rank.factorise import factorise_layer
 from .merging import merge_experts
@@ -42,7 +44,7 @@ def apply_plan(
         model: The model that the plan was made for.
         plan: What to do; may have been edited.
         samples: What the experts read, by ``record_inputs``; needed, and read, for the alignments
-            ``activations`` and ``both``; low-rank experts are better with them.
+            ``activations`` and ``both`` and for constant experts; low-rank experts are better with them.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -62,6 +64,10 @@ def apply_plan(
     plan.validate_against(list(layers.values()))
     if plan.alignment.method in NEEDS_SAMPLES:
         check_samples(samples, layers, plan.layers)
+    if plan.router == "constant":
+        for layer_plan in plan.layers:
+            if not layer_plan.is_identity:
+                sampled_inputs(layers[layer_plan.name], samples, "constant")
     for layer_plan in plan.layers:
         if not layer_plan.is_identity:
             check_finite(layers[layer_plan.name])
@@ -87,7 +93,11 @@ def apply_layer(
         samples: See `apply_plan`.
     """
     distances: list[tuple[float, float]] = []
-    if not layer_plan.is_identity:
+    constants_CD = None
+    if plan.router == "constant" and not layer_plan.is_identity:
+        constants_CD = routed_outputs(layer, samples, "constant").mean[layer_plan.removed]
+        keep_weights(layer, layer_plan.cores)
+    elif not layer_plan.is_identity:
         experts = layer.experts()
         align = _aligner(layer, plan, samples)
         merged = [_merge_group(experts, group, align, distances) for group in layer_plan.groups]
@@ -101,6 +111,8 @@ def apply_layer(
     if (rule := plan.low_rank) is not None:
         sample = None if samples is None else samples.layers.get(layer.name)
         errors = factorise_layer(layer, rule.rank, rule.sparse_rows, sample)
+    if constants_CD is not None:
+        set_constants(layer, constants_CD)
     before, after = zip(*distances, strict=True) if distances else ((), ())
     return {
         "experts_before": layer_plan.num_experts,

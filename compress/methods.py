@@ -11,6 +11,7 @@ from functools import partial
 
 from .hc_smoe import plan_hc_smoe
 from .m_smoe import plan_m_smoe
+from .mone import plan_mone
 from .plan import CompressionPlan
 from .prune import plan_pruning
 from .ream import plan_ream
@@ -22,9 +23,10 @@ METHODS: dict[str, Planner] = {
     "m-smoe": plan_m_smoe,
     "hc-smoe": plan_hc_smoe,
     "ream": plan_ream,
+    "mone": plan_mone,
     **{score: partial(plan_pruning, score=score) for score in SCORES},
 }
-NEEDS_SAMPLES = frozenset({"hc-smoe", "ream"})
+NEEDS_SAMPLES = frozenset({"hc-smoe", "ream", "mone"})
 """Methods whose planners also need ``samples=``, what the experts read, by ``record_inputs``."""
 SEQUENTIAL = frozenset({"ream"})
 """Methods that plan each layer behind those that are merged already, unless told otherwise."""

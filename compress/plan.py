@@ -38,9 +38,10 @@ MAX_EXPERTS = 100_000
 FORMS = ("moekit", "stock")
 """Checkpoint forms: ``moekit`` holds any plan exactly; ``stock`` is the family's own class, one M for all."""
 
-ROUTERS = ("redirect", "slice", "mean", "logsumexp")
+ROUTERS = ("redirect", "slice", "mean", "logsumexp", "constant")
 """``redirect`` keeps all E rows and sends each choice to its group; ``slice`` keeps the cores' rows; ``mean``
-gives each core its group's weighted mean row; ``logsumexp`` chooses groups by their exact probability."""
+gives each core its group's weighted mean row; ``logsumexp`` chooses groups by their exact probability;
+``constant`` keeps all E rows and replaces each expert in no group by its mean output."""
 
 ALIGNMENTS = ("weights", "activations", "both", "none")
 """``weights`` matches neurons by their weights, ``activations`` by what they do on sampled tokens, ``both``
@@ -142,7 +143,7 @@ def check_form(form: str, router: str) -> None:
     for what, got, allowed in (("form", form, FORMS), ("router", router, ROUTERS)):
         if got not in allowed:
             raise ValueError(f"{what}={got!r} is not one of {', '.join(allowed)}")
-    if form == "stock" and router in ("redirect", "logsumexp"):
+    if form == "stock" and router in ("redirect", "logsumexp", "constant"):
         raise ValueError(
             f"router={router!r} keeps a row for every expert, which form='stock' cannot hold; "
             "use router='slice' or 'mean', or form='moekit'"
@@ -204,6 +205,8 @@ class CompressionPlan:
             raise ValueError(f"layer {repeated[0]!r} occurs twice in the plan")
         if self.router in ("redirect", "logsumexp"):
             self._check_all_rows_served()
+        if self.router == "constant" and any(len(g.experts) > 1 for la in self.layers for g in la.groups):
+            raise ValueError("router='constant' is for experts that are pruned, not merged; use 'redirect'")
         if self.form == "stock":
             self._check_uniform()
             if self.low_rank is not None:
@@ -333,6 +336,10 @@ class CompressionPlan:
             layer.check_removal(planned.cores)
         if self.router == "logsumexp":
             layer.router_constraints.check_group_probability(layer.name)
+        if self.router == "constant":
+            from ..moe.constants import check_constants  # which imports torch
+
+            check_constants(layer)
         layer.check_replacement(planned.num_kept, planned.expert_map)
 
     def summary(self) -> str:

@@ -27,18 +27,19 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checkpoint_entry import check_entry
+from .constants import check_constants, num_constants, set_constants
 from .discovery import expert_layers, has_experts
 from .dropout.build import DropoutSpec, install_layers, read_spec
 from .group_router import set_logit_columns
 from .layer import ExpertLayer
 from .low_rank import LowRankStorage, check_rows, low_rank_entry, make_low_rank
+from .redirect import has_constants
 from .router import CONFIG_PARTS, EXPERT_COUNT_KEYS, set_config_count
 
 METHOD = "moekit"
 VERSION = 1
 _IN_A_LAYER = re.compile(r"\.\d+\.")
-MAX_SCALE = 1e6
-"""Far above any routed_scaling_factor; a larger one in a config is damage."""
 
 
 class MoekitConfig(QuantizationConfigMixin):
@@ -47,7 +48,8 @@ class MoekitConfig(QuantizationConfigMixin):
     Args:
         layers: By layer name: ``num_experts`` (M, physical), ``num_router_rows`` (E), and ``router``, one of
             ``full``, ``redirect``, ``logsumexp``; for the last also ``renormalises`` and ``scale``. For
-            experts in factors also ``low_rank``: their ``rank``, and ``rows`` of S of both maps.
+            experts in factors also ``low_rank``: their ``rank``, and ``rows`` of S of both maps. Behind them
+            there may be ``constants``, C experts that say the same to every token.
         smoe_dropout: The fields of `DropoutSpec`, for a dense model whose FFNs became SMoE-Dropout layers.
         version: Of this format.
 
@@ -70,7 +72,7 @@ class MoekitConfig(QuantizationConfigMixin):
         self.version = version
         self.layers = layers or {}
         for name, entry in self.layers.items():
-            _check_entry(name, entry)
+            check_entry(name, entry)
         self.smoe_dropout = smoe_dropout
         if smoe_dropout is not None:
             read_dropout_spec(smoe_dropout)
@@ -86,44 +88,6 @@ def read_dropout_spec(entry: Any) -> DropoutSpec:
     if not isinstance(entry, dict) or sorted(entry) != names:
         raise ValueError(f"smoe_dropout={entry!r} does not have exactly the entries {', '.join(names)}")
     return DropoutSpec(**entry)
-
-
-def _check_entry(name: str, entry: Any) -> None:
-    """Refuse what `rebuild_layer` could not carry out, or could only carry out wrongly."""
-    if not isinstance(entry, dict):
-        raise ValueError(
-            f"layer {name!r}: {entry!r} is not an entry of num_experts, num_router_rows and router"
-        )
-    experts, rows, router = (entry.get(key) for key in ("num_experts", "num_router_rows", "router"))
-    if not (type(experts) is int and type(rows) is int and 1 <= experts <= rows):
-        raise ValueError(
-            f"layer {name!r}: {experts} experts behind {rows} router rows; there must be 1 to {rows} experts"
-        )
-    if router not in ("full", "redirect", "logsumexp"):
-        raise ValueError(f"layer {name!r}: router={router!r} is not full, redirect or logsumexp")
-    if router == "full" and experts != rows:
-        raise ValueError(
-            f"layer {name!r}: router='full' needs one row for each of {experts} experts, not {rows}"
-        )
-    if "low_rank" in entry:
-        _check_low_rank(name, entry["low_rank"])
-    renormalises, scale = entry.get("renormalises"), entry.get("scale")
-    finite = isinstance(scale, int | float) and abs(scale) < MAX_SCALE  # false for NaN too
-    if router == "logsumexp" and not (type(renormalises) is bool and finite):
-        raise ValueError(
-            f"layer {name!r}: router='logsumexp' needs renormalises=true or false and a finite scale, "
-            f"not {renormalises!r} and {scale!r}"
-        )
-
-
-def _check_low_rank(name: str, entry: Any) -> None:
-    """Whether the numbers fit the matrices is seen when they are built."""
-    rank, rows = (entry.get(key) if isinstance(entry, dict) else None for key in ("rank", "rows"))
-    are_rows = isinstance(rows, list) and len(rows) == 2 and all(type(n) is int and n >= 0 for n in rows)
-    if not (type(rank) is int and rank >= 1 and are_rows):
-        raise ValueError(
-            f"layer {name!r}: low_rank={entry!r} is not a rank of at least 1 and two numbers of rows"
-        )
 
 
 @register_quantizer(METHOD)
@@ -213,7 +177,8 @@ def rebuild_layer(layer: ExpertLayer, entry: dict[str, Any]) -> None:
     if rows < layer.num_experts:
         layer.remove_experts(range(rows), check=False)
     layer.storage.allocate(num_experts)
-    unknown = [min(e, num_experts - 1) for e in range(rows)]
+    constants, width = entry.get("constants", 0), layer.hidden_size
+    unknown = [min(e, num_experts + constants - 1) for e in range(rows)]
     if entry["router"] == "redirect":
         layer.set_expert_map(unknown)
     elif entry["router"] == "logsumexp":
@@ -222,6 +187,9 @@ def rebuild_layer(layer: ExpertLayer, entry: dict[str, Any]) -> None:
         first, second = factors["rows"]
         make_low_rank(layer.experts_module, factors["rank"], (first, second), layer=layer.name)
         layer.storage = LowRankStorage(layer.experts_module)
+    if constants:
+        check_constants(layer)
+        set_constants(layer, torch.empty(constants, width, device=layer.device))
 
 
 def check_loaded(layer: ExpertLayer) -> None:
@@ -239,10 +207,11 @@ def check_loaded(layer: ExpertLayer) -> None:
     maps = (layer.expert_map, layer.router._buffers.get("expert_group"))
     for indices in (m for m in maps if m is not None and m.device.type != "meta"):
         used = sorted(set(indices.tolist()))
-        if used != list(range(layer.num_physical_experts)):
+        last = layer.num_physical_experts + num_constants(layer) - 1
+        if used != list(range(last + 1)):
             raise ValueError(
                 f"the checkpoint maps the experts of layer {layer.name!r} to {used}, not "
-                f"to each of 0..{layer.num_physical_experts - 1}; it is damaged"
+                f"to each of 0..{last}; it is damaged"
             )
     check_rows(layer.experts_module, layer.name)
 
@@ -290,6 +259,8 @@ def layer_entries(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
             "num_router_rows": rows,
             "router": mode,
         }
+        if has_constants(layer.experts_module):
+            entries[layer.name]["constants"] = num_constants(layer)
         if factors is not None:
             entries[layer.name]["low_rank"] = factors
         if mode == "logsumexp":

@@ -48,7 +48,7 @@ def redirect(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if ids.ndim == 3:  # Switch passes a one-hot mask [T, 1, E], all zeros for a token over capacity
         return (hidden, _sum_by_group(ids, module.expert_map, len(module)), weights), {}
     ids = module.expert_map[ids]
-    if ids.shape[-1] > 1 and _passes_over_absent(module):
+    if ids.shape[-1] > 1 and not has_constants(module) and passes_over_absent(module):
         ids, weights = fold_duplicates(ids, weights, module.num_experts)
     return (hidden, ids, weights), {}
 
@@ -81,7 +81,7 @@ def redirect_dispatch(module: Any, args: tuple[Any, ...], output: tuple[Any, ...
     return order[by_physical], token[by_physical], gates[by_physical], counts, logits
 
 
-def _passes_over_absent(module: Any) -> bool:
+def passes_over_absent(module: Any) -> bool:
     """Whether this experts' forward, as it is now dispatched, passes over a choice of the id `num_experts`.
 
     Transformers' own implementations do once `_is_expert_parallel` is set; the eager loop of some families
@@ -138,16 +138,29 @@ def skip_absent_choices(module: Any, num_groups: int, top_k: int) -> None:
     if repeated_share(num_groups, top_k) < WORTH_FOLDING:
         return
     if hasattr(module, "_is_expert_parallel"):
-        # Transformers' experts skip ids >= num_experts in this mode; folded duplicates are sent there.
-        module._is_expert_parallel = True
-        module.folds_choices = True
-        module.eager_folds_choices = _eager_passes_over_absent(module)
+        pass_over_absent(module)
+
+
+def pass_over_absent(module: Any) -> None:
+    """Let transformers' experts skip ids >= num_experts, where those that are absent are sent."""
+    if not getattr(module, "folds_choices", False):
+        module.eager_folds_choices = "up_map" in module._modules or _eager_passes_over_absent(module)
+    module._is_expert_parallel = module.folds_choices = True
+
+
+def has_constants(module: Any) -> bool:
+    """Whether some of its experts say the same to every token; see `constants.py`."""
+    return "constant_outputs" in module._buffers
 
 
 def clear_expert_map(module: Any) -> None:
     """Undo `set_expert_map` and `skip_absent_choices`."""
     if "expert_map" not in module._buffers:
         return
+    if has_constants(module):
+        raise ValueError(
+            "a layer with constant experts cannot be changed again; start from the original model"
+        )
     del module.expert_map
     if getattr(module, "folds_choices", False):
         module._is_expert_parallel = module.folds_choices = False

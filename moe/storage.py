@@ -267,6 +267,10 @@ def write_experts(storage: ExpertStorage, experts: list[ExpertWeights]) -> None:
     Raises:
         ValueError: An expert has other tensors or other shapes; nothing is changed.
     """
+    if "constant_outputs" in getattr(storage, "module", nn.Module())._buffers:
+        raise ValueError(
+            "a layer with constant experts cannot be changed again; start from the original model"
+        )
     present = _shapes(storage.read(0))
     for expert in experts:
         if _shapes(expert) != present:

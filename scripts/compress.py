@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,14 +220,27 @@ def _make(job: Job, model: PreTrainedModel, layers: list[ExpertLayer], staging: 
         after = predict_footprint(model, plan)
         staging.reserve(after.total_bytes)
         step(f"From {sum(p.num_experts for p in plan.layers)} experts to {plan.actual_experts}")
-        merging = apply_plan(model, plan, samples=calibration.samples, progress=is_interactive())
+        merging = apply_plan(
+            model, _with_all_rows(job, plan), samples=calibration.samples, progress=is_interactive()
+        )
         del calibration
     made = _Made(model=model, plan=plan, statistics=statistics, after=after, merging=merging)
     if options.heal != "none":
         made.one_shot = _measure(job, model) if options.report and is_main else None
         step(f"Healing: {options.heal}, on {job.texts.calibration.num_tokens:,} tokens")
-        made.healing = heal(job, model, staging.work / "healing")
+        made.healing = heal(job, model, staging.work / "healing", sparse_rows=_rows_to_keep(job, plan))
     return made if is_main else None
+
+
+def _with_all_rows(job: Job, plan: CompressionPlan) -> CompressionPlan:
+    """What healing begins with, if it prunes rows."""
+    if not job.options.prune_rows or plan.low_rank is None:
+        return plan
+    return replace(plan, low_rank=replace(plan.low_rank, sparse_rows=1.0))
+
+
+def _rows_to_keep(job: Job, plan: CompressionPlan) -> float | None:
+    return plan.low_rank.sparse_rows if job.options.prune_rows and plan.low_rank is not None else None
 
 
 def _compress(job: Job, staging: Staging) -> Run | None:

@@ -38,6 +38,7 @@ def check_descent(options: CompressOptions) -> None:
     taken = {
         "--stream": options.stream,
         "--plan-only": options.plan_only,
+        "--router constant": options.router == "constant",
         "--rank": options.rank is not None,
         "--exclude-layers": bool(options.exclude_layers),
         f"--grouping {options.grouping}": options.grouping not in ("auto", "uniform"),

@@ -1,5 +1,6 @@
 """Healing within `moekit compress`: the compressed model learns from the original what it has lost."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .distill_options import DistillOptions
 from .healing import Healing
 from .load import load_model
 from .prepare import Job
+from .row_healing import RowHealingTrainer, row_pruner
 from .train_arguments import training_arguments
 from .train_checkpoints import remove_incomplete, whole_checkpoints
 from .train_data import BlockRows, Examples
@@ -30,7 +32,7 @@ SAVES = 10
 """Checkpoints of a healing, at most; so much of it is lost by an interruption."""
 
 
-def heal(job: Job, model: PreTrainedModel, folder: Path) -> Healing:
+def heal(job: Job, model: PreTrainedModel, folder: Path, *, sparse_rows: float | None = None) -> Healing:
     """Train a compressed model, in place, on what the original says of the calibration text.
 
     Several processes train together, each on batches of its own. Weights are float32 meanwhile, and rounded
@@ -41,6 +43,7 @@ def heal(job: Job, model: PreTrainedModel, folder: Path) -> Healing:
         job: What was asked for; the original is loaded again as the teacher.
         model: Compressed, in memory.
         folder: For checkpoints; the same for the same work.
+        sparse_rows: Prune the rows of S to this share meanwhile.
 
     Raises:
         ValueError: The model's head cannot be read, or a loss is NaN.
@@ -50,7 +53,11 @@ def heal(job: Job, model: PreTrainedModel, folder: Path) -> Healing:
     trainable = train_only_routers(model) if mode == "router" else model.num_parameters()
     teacher = ModelTeacher(load_model(job.source, dtype=job.options.dtype, device=job.options.device))
     training = _training(job, folder)
-    trainer: Any = DistillTrainer(
+    pruner = None
+    if sparse_rows is not None:
+        pruner = row_pruner(model, sparse_rows, training.arguments.max_steps)
+    make: Any = DistillTrainer if pruner is None else partial(RowHealingTrainer, pruner=pruner)
+    trainer = make(
         model=StudentInTraining(model.train(), RECIPES[mode]),
         args=training.arguments,
         train_dataset=training.examples.train,
@@ -66,6 +73,8 @@ def heal(job: Job, model: PreTrainedModel, folder: Path) -> Healing:
         remove_incomplete(training)
     job.processes.wait()
     fit(training, trainer, whole_checkpoints(training))
+    if pruner is not None:
+        pruner.finish()
     model.config.use_cache = use_cache  # which Trainer turns off
     model.requires_grad_(True).eval()
     _cast(model, dtypes)

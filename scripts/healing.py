@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..compress.plan import LowRankRule
 from .options import CompressOptions
 
 
@@ -19,6 +20,30 @@ class Healing:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"mode": self.mode, "steps": self.steps, "trained_parameters": self.trained_parameters}
+
+
+def check_row_pruning(options: CompressOptions, rule: LowRankRule | None, *, is_sequential: bool) -> None:
+    """Refuse a pruning of rows that cannot be, before any work.
+
+    Raises:
+        ValueError: Says what and what instead.
+    """
+    if not options.prune_rows:
+        return
+    if rule is None or rule.sparse_rows >= 1:
+        got = "no rank" if rule is None else f"--sparse-rows {rule.sparse_rows:g}"
+        raise ValueError(
+            f"--prune-rows has nothing to prune: got {got}; add --rank and --sparse-rows below 1"
+        )
+    if options.heal != "kd":
+        raise ValueError(
+            f"--prune-rows goes with --heal kd, which trains the rows; got --heal {options.heal}"
+        )
+    if is_sequential or options.stream or options.until_collapse_risk is not None:
+        raise ValueError(
+            "--prune-rows needs a plan of all layers at once; leave out --stream and --until-collapse-risk, "
+            "and say --sequential off"
+        )
 
 
 def check_healing(options: CompressOptions, *, is_encoder_decoder: bool) -> None:

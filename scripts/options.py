@@ -12,7 +12,17 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 # Without a hint of their own, options that may be left out would be shown as "{None}|PATH (default: None)".
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Method = Literal[
-    "m-smoe", "hc-smoe", "ream", "reap", "frequency", "routing-weight", "ean", "man", "aimer", "random"
+    "m-smoe",
+    "hc-smoe",
+    "ream",
+    "mone",
+    "reap",
+    "frequency",
+    "routing-weight",
+    "ean",
+    "man",
+    "aimer",
+    "random",
 ]
 OptionalText = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
@@ -90,7 +100,8 @@ class CompressOptions(CommonOptions):
     router; other values that are given stand."""
     method: Method = "m-smoe"
     """m-smoe, hc-smoe and ream merge groups of experts; the others keep the experts of the highest score and
-    drop the rest. aimer and random need no data. See docs/compress.md."""
+    drop the rest; mone puts their mean outputs in their place. aimer and random need no data. See
+    docs/compress.md."""
     grouping: Literal["auto", "adaptive", "uniform", "sensitivity", "random"] = "auto"
     """How many experts each layer keeps. auto: adaptive for m-smoe in the moekit form, else uniform.
     sensitivity: more where cutting a layer alone is seen to hurt more."""
@@ -118,13 +129,17 @@ class CompressOptions(CommonOptions):
     Costs a part of a forward pass for each layer."""
     reference: Literal["auto", "dominant", "first"] = "auto"
     """Whose neuron order they take: the most used expert's (dominant) unless said otherwise."""
-    router: Literal["auto", "redirect", "slice", "mean", "logsumexp"] = "auto"
-    """What becomes of the routers. auto: redirect for m-smoe in the moekit form, else slice."""
+    router: Literal["auto", "redirect", "slice", "mean", "logsumexp", "constant"] = "auto"
+    """What becomes of the routers. auto: redirect for m-smoe in the moekit form, else slice. constant:
+    for methods that prune; what was pruned is replaced by its mean output."""
     rank: OptionalInt = None
     """Then store each matrix of an expert as a product of this rank (gate and up share one), plus whole rows
     of its residual; moekit form only."""
     sparse_rows: float = 0.0
     """Share of the rows that are stored so, in [0, 1]."""
+    prune_rows: bool = False
+    """With --heal kd: begin with all rows, and let the least important ones go while healing, down to
+    --sparse-rows (LoSparse)."""
     heal: Literal["none", "router", "kd"] = "none"
     """Let the result learn from the original on the calibration text. router: its routers alone, by KL
     (cheap). kd: all weights, by the text and 0.2 KL at temperature 2."""

@@ -31,6 +31,9 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
     said.pop("similarity", None)  # all of a layer's weights, for "weights": too much for a trial
     if options.grouping == "sensitivity":
         said["grouping"] = "uniform"  # what each layer can stand is not known yet
+    if options.method == "mone":
+        METHODS["frequency"](layers, even, router="constant", **said)
+        return
     if options.method not in NEEDS_SAMPLES:
         # The weights that scores without data read may not be there yet; any score asks the routers the same.
         method = "frequency" if options.method in NEEDS_NO_DATA else options.method
@@ -44,10 +47,14 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
 def needs_samples(job: Job) -> bool:
     """Whether planner or alignment read what the experts read."""
     if job.plan is not None:
-        return job.plan.alignment.method in ALIGNS_BY_SAMPLES or job.plan.low_rank is not None
+        return (
+            job.plan.alignment.method in ALIGNS_BY_SAMPLES
+            or job.plan.low_rank is not None
+            or job.plan.router == "constant"
+        )
     options = job.options
     by_method = options.method in NEEDS_SAMPLES or options.alignment in ALIGNS_BY_SAMPLES
-    return by_method or options.rank is not None
+    return by_method or options.rank is not None or options.router == "constant"
 
 
 def make_plan(

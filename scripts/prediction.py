@@ -3,12 +3,14 @@
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..compress.layer_plan import LayerPlan
 from ..compress.low_rank import low_rank_rows
 from ..compress.plan import CompressionPlan, LowRankRule
+from ..moe.constants import constant_map, set_constants
 from ..moe.discovery import expert_layers
 from ..moe.footprint import Footprint, footprint
 from ..moe.layer import ExpertLayer
@@ -20,9 +22,7 @@ def predict_footprint(model: PreTrainedModel, plan: CompressionPlan) -> Footprin
     shadow = shapes_only(model)
     layers = {layer.name: layer for layer in expert_layers(shadow)}
     for planned in plan.layers:
-        shrink(layers[planned.name], planned, plan.router)
-        if (rule := plan.low_rank) is not None:
-            factorise_shapes(layers[planned.name], rule)
+        shape_layer(layers[planned.name], planned, plan)
     return footprint(shadow, layers.values())
 
 
@@ -56,6 +56,16 @@ def shapes_only(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
+def shape_layer(layer: ExpertLayer, layer_plan: LayerPlan, plan: CompressionPlan) -> None:
+    """Give a layer without weights the shapes that carrying out its plan would give it."""
+    width = layer.hidden_size
+    shrink(layer, layer_plan, plan.router)
+    if plan.low_rank is not None:
+        factorise_shapes(layer, plan.low_rank)
+    if plan.router == "constant" and layer_plan.removed:
+        set_constants(layer, torch.empty(len(layer_plan.removed), width, device=layer.device))
+
+
 def factorise_shapes(layer: ExpertLayer, rule: LowRankRule) -> None:
     """Give a layer the shapes that its experts have as factors."""
     up, down = low_rank_rows(layer, rule.sparse_rows)
@@ -70,7 +80,9 @@ def shrink(layer: ExpertLayer, planned: LayerPlan, router: str) -> None:
         layer.remove_experts(planned.cores, check=False)
         return
     layer.storage.allocate(planned.num_kept)
-    if router == "logsumexp":
+    if router == "constant":
+        layer.set_expert_map(constant_map(planned.num_experts, planned.cores))
+    elif router == "logsumexp":
         layer.set_expert_groups(planned.expert_map, renormalises=False, scale=1.0)
     else:
         layer.set_expert_map(planned.expert_map)

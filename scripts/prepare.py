@@ -26,7 +26,7 @@ from .calibrate import (
     sequence_length,
 )
 from .descent_checks import check_descent, check_descent_layers
-from .healing import check_healing
+from .healing import check_healing, check_row_pruning
 from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
 from .options import CompressOptions
 from .processes import Processes, join_processes
@@ -84,9 +84,11 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
     plan = None if options.plan is None else CompressionPlan.load(options.plan)
     if options.until_collapse_risk is not None:
         check_descent_layers(layers)
+    rule = low_rank_rule(options) if plan is None else plan.low_rank
+    check_row_pruning(options, rule, is_sequential=is_sequential(options))
     if plan is None:
         share_experts(layers, even_statistics(layers), **budget_options(options))
-        if (rule := low_rank_rule(options)) is not None:
+        if rule is not None:
             for layer in layers:
                 check_fits(rule, layer)
         planner_options(options)

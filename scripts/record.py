@@ -20,6 +20,7 @@ from ..compress.report_content import (
     ReportContent,
     verdict,
 )
+from ..compress.scores import NEEDS_NO_DATA
 from ..moe.footprint import PARTS, Footprint
 from ..moe.statistics import RoutingStatistics
 from .console import megabytes, millions, table
@@ -101,7 +102,11 @@ def find_warnings(
     if written != foretold:
         found.append(f"the tensors on disk take {written:,} bytes; {foretold:,} were foretold")
     few = sum(len(experts) for experts in statistics.coverage(MIN_TOKENS).values())
-    if few:
+    reads_use = plan.method not in NEEDS_NO_DATA or plan.settings.get("grouping") in (
+        "adaptive",
+        "sensitivity",
+    )
+    if few and reads_use:
         total = sum(layer.num_experts for layer in statistics.layers.values())
         found.append(
             f"{few} of {total} experts were chosen by fewer than {MIN_TOKENS} calibration tokens, too few to "

@@ -16,7 +16,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..compress.apply import apply_layer, check_finite
-from ..compress.layer_plan import LayerPlan
 from ..compress.methods import METHODS, NEEDS_SAMPLES
 from ..compress.plan import CompressionPlan, ModelIdentity
 from ..moe.checkpoint import mark_form, update_expert_count, write_config_aliases
@@ -33,7 +32,7 @@ from .checkpoint_files import weight_files
 from .console import is_interactive, show, step
 from .load import find_device, skeleton
 from .planning import needs_samples, try_planner, with_low_rank
-from .prediction import factorise_shapes, shrink
+from .prediction import shape_layer
 from .prepare import PLAN_FILE, Job, is_sequential, planner_options
 from .quantised import dequantiser, told
 from .record import STATISTICS_FOLDER
@@ -228,13 +227,6 @@ class _Walk:
             merging=self.merging,
             model_class=type(model).__name__,
         )
-
-
-def shape_layer(layer: Any, layer_plan: LayerPlan, plan: CompressionPlan) -> None:
-    """Give a layer without weights the shapes that carrying out its plan would give it."""
-    shrink(layer, layer_plan, plan.router)
-    if plan.low_rank is not None:
-        factorise_shapes(layer, plan.low_rank)
 
 
 def write_index(parts: Path, folder: Path) -> None:

@@ -91,6 +91,22 @@ class RowPruner(TrainerCallback):
             found.append(torch.zeros_like(smoothed_EN).scatter_(1, order_EN, 1.0))
         return found
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint of the training needs beside the model, on the CPU."""
+        return {f"importance.{i}": smoothed_EN.cpu() for i, smoothed_EN in enumerate(self.importance)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            ValueError: It is of other maps.
+        """
+        for i, smoothed_EN in enumerate(self.importance):
+            found = state.get(f"importance.{i}")
+            if found is None or found.shape != smoothed_EN.shape or not found.isfinite().all():
+                raise ValueError(f"importance.{i} is not finite and of shape {tuple(smoothed_EN.shape)}")
+            smoothed_EN.copy_(found)
+
     @torch.no_grad()
     def finish(self) -> None:
         """Drop for good the rows that are not kept at the end."""

@@ -128,3 +128,43 @@ def test_encoder_decoders(data, tmp_path, capsys):
     model = write_checkpoint(tmp_path / "switch", tiny_switch())
     assert compress(model, data, tmp_path / "out", "--heal", "router") == 2
     assert "not encoder-decoders" in capsys.readouterr().err
+
+
+LOW_RANK = ("--rank", 2, "--sparse-rows", 0.25, "--heal", "kd", "--heal-steps", 12, "--no-report")
+
+
+def test_rows_are_pruned_while_healing(checkpoint, data, tmp_path, monkeypatch):
+    whole, broken, at_once = tmp_path / "whole", tmp_path / "broken", tmp_path / "at once"
+    assert compress(checkpoint, data, at_once, *LOW_RANK) == 0
+    assert compress(checkpoint, data, whole, *LOW_RANK, "--prune-rows") == 0
+    pruned, plain = (load_file(out / "model.safetensors") for out in (whole, at_once))
+    assert {name: value.shape for name, value in pruned.items()} == {n: v.shape for n, v in plain.items()}
+    index = [name for name in pruned if name.endswith("row_index")]
+    assert index
+    assert any(not torch.equal(pruned[name], plain[name]) for name in index)
+
+    class Killed(TrainingLines):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise ValueError("killed")
+
+    monkeypatch.setattr("moekit.scripts.heal.TrainingLines", Killed)
+    assert compress(checkpoint, data, broken, *LOW_RANK, "--prune-rows") == 2
+    monkeypatch.undo()
+    assert compress(checkpoint, data, broken, *LOW_RANK, "--prune-rows") == 0
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--heal", "kd"), "--prune-rows has nothing to prune: got no rank"),
+        (("--heal", "kd", "--rank", 2, "--sparse-rows", 1), "got --sparse-rows 1"),
+        (("--heal", "router", "--rank", 2), "--prune-rows goes with --heal kd"),
+        (("--heal", "kd", "--rank", 2, "--method", "ream"), "say --sequential off"),
+    ],
+)
+def test_rows_that_cannot_be_pruned(checkpoint, data, tmp_path, capsys, words, message):
+    assert compress(checkpoint, data, tmp_path / "out", "--prune-rows", *words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

@@ -68,6 +68,8 @@ def test_families(family, data, tmp_path):
         ("--method", "ream"),
         ("--method", "reap", "--sequential", "on"),
         ("--method", "reap", "--form", "stock"),
+        ("--method", "mone"),
+        ("--method", "ean", "--router", "constant", "--rank", 4),
         ("--method", "aimer", "--rank", 4, "--sparse-rows", 0.25),
         ("--method", "frequency", "--dtype", "bfloat16"),
     ],

@@ -56,6 +56,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "MoNE, by sensitivity": {"method": "mone", "grouping": "sensitivity"},
     "EAN and constants": {"method": "ean", "router": "constant"},
     "EAN and constants, by sensitivity": {"method": "ean", "router": "constant", "grouping": "sensitivity"},
+    "REAP and constants": {"method": "reap", "router": "constant"},
+    "REAP and constants, by sensitivity": {"method": "reap", "router": "constant", "grouping": "sensitivity"},
     "frequency": {"method": "frequency"},
     "routing weight": {"method": "routing-weight"},
     "MAN": {"method": "man"},
@@ -75,6 +77,7 @@ HEALED = (
     "frequency",
     "MoNE",
     "EAN and constants, by sensitivity",
+    "REAP and constants, by sensitivity",
 )
 STAGES = ("one-shot", "router", "kd")
 LOOPS = 32

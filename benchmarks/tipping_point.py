@@ -103,7 +103,7 @@ def controlled(
     risk: float, floor: float, sizes: list[int], points: list[tuple[float, float]], whole: int
 ) -> int | None:
     """The controller."""
-    belief = believe(points, np.array(sizes) / whole, floor, seed=len(points))
+    belief = believe(points, np.array(sizes) / whole, floor)
     return decide(sizes, belief, risk=risk, whole=whole).experts
 
 
@@ -196,8 +196,10 @@ def main(config: TippingConfig) -> None:
     done = {(row["heal_steps"], row["model"], row["seed"], row["floor"], row["way"]) for row in rows}
     for model in config.models:
         for seed in config.seeds:
-            wanted = [(floor, way) for floor in config.floors for way in rules(floor)]
-            if all((config.heal_steps, Path(model).name, seed, *key) in done for key in wanted):
+            every = [(floor, way) for floor in config.floors for way in rules(floor)]
+            known = (config.heal_steps, Path(model).name, seed)
+            wanted = [key for key in every if (*known, *key) not in done]
+            if not wanted:
                 continue
             descents = Descents(config, model, seed)
             for floor, way in wanted:

@@ -25,6 +25,8 @@ class GainStep:
     """Quality that was measured, after healing."""
     is_kept: bool
     """Whether it stayed above the floor."""
+    reason: str = ""
+    """Why this cut, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,8 @@ def gain_figure(gains: GainMap) -> Figure:
     with styled():
         figure = Figure(figsize=(7.6, 4.2), layout="constrained")
         axes = figure.subplots()
-        axes.fill_between(size, mean - 2 * deviation, mean + 2 * deviation, color=AFTER, alpha=0.14, lw=0)
+        high = np.minimum(mean + 2 * deviation, 1)  # there is no more to keep
+        axes.fill_between(size, mean - 2 * deviation, high, color=AFTER, alpha=0.14, lw=0)
         axes.plot(size, mean, color=AFTER, linewidth=1.6, label="believed, with 2 deviations")
         axes.axhline(gains.floor, color=BAD, linestyle="--", linewidth=1, label=f"floor {gains.floor:g}")
         kept = [step for step in gains.steps if step.is_kept]

@@ -137,7 +137,7 @@ def _healing(rows: Sequence[HealingRow]) -> str:
 def _gains(gains: GainMap | None) -> str:
     if gains is None:
         return ""
-    head = ("Cut", "Experts", "Weights", "Risk of the floor", "Quality expected", "measured", "")
+    head = ("Cut", "Experts", "Weights", "Risk of the floor", "Quality expected", "measured", "", "Why")
     rows = [
         table_row(
             (
@@ -148,14 +148,16 @@ def _gains(gains: GainMap | None) -> str:
                 number(cut.expected, "{:.3f}"),
                 number(cut.quality, "{:.3f}"),
                 "kept" if cut.is_kept else "<span class='worse'>taken back</span>",
+                text(cut.reason),
             )
         )
         for index, cut in enumerate(gains.steps, 1)
     ]
     remark = note(
         f"A cut was allowed if quality would fall below {gains.floor:g} with a probability of at most "
-        f"{gains.risk:.1%}; in the end {gains.stop}. Quality is 1 minus the KL from the original, in "
-        "units of what the context tells the original of the next token, on the text that decided."
+        f"{gains.risk:.1%} (of each cut, not of all together); in the end "
+        f"{gains.stop}. Quality is 1 minus the KL from the original, in units "
+        "of what the context tells the original of the next token, on the text that decided."
     )
     picture = figure_svg(gain_figure(gains), "Quality against bytes, and what is believed of it")
     return section("How far it could be cut", picture + table(head, rows) + remark)

@@ -48,7 +48,7 @@ from .record import (
 from .shared_folder import shared_folder
 from .staging import Staging
 from .stream import compress_streamed
-from .until_collapse import descend
+from .until_collapse import descend, run_kind
 from .verify import verify_reload
 
 CARRIED_OVER = (
@@ -106,8 +106,8 @@ def run(options: CompressOptions, *, replace: bool = False) -> Path | None:
         show(f"report: {options.out / 'report.html'}")
     show(f"model:  {options.out}")
     if finished.reached is not None and options.collapse_store is not None:
-        trail, identity = finished.reached.trail, finished.plan.model
-        add_run(options.collapse_store, identity.fingerprint, options.model, trail.points)
+        kind = run_kind(job, finished.plan.model.fingerprint)
+        add_run(options.collapse_store, kind, options.model, finished.reached.trail.points)
     return options.out
 
 
@@ -203,8 +203,8 @@ def _make(job: Job, model: PreTrainedModel, layers: list[ExpertLayer], staging: 
             plan=reached.plan,
             statistics=reached.statistics,
             after=after,
-            merging=reached.merging,
-            healing=reached.healing,
+            merging=reached.trail.merging,
+            healing=reached.trail.healing,
             reached=reached,
         )
     if is_sequential(options):

@@ -19,5 +19,7 @@ def with_preset(options: CompressOptions) -> CompressOptions:
     values = dict(PRESETS[options.preset])
     if options.heal != defaults["heal"] or options.plan_only:  # another healing, or nothing to heal
         values = {name: value for name, value in values.items() if not name.startswith("heal")}
+    if options.until_collapse_risk is not None:  # cuts every layer to the same number
+        values.pop("grouping")
     left_open = {name: value for name, value in values.items() if getattr(options, name) == defaults[name]}
     return replace(options, **left_open)

@@ -40,6 +40,12 @@ class Trail:
     cuts: list[Cut] = field(default_factory=list)
     checkpoint: str | None = None
     """Folder of the last good state; None for the original."""
+    earlier: list[list[tuple[float, float]]] = field(default_factory=list)
+    """Points of earlier runs, as the store had them when this one began."""
+    merging: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What `apply_plan` said of the last good cut."""
+    healing: Healing | None = None
+    """Of the last good cut."""
     stop: str = ""
     """Why no further cut was made."""
 
@@ -68,7 +74,10 @@ class Trail:
     def load(cls, path: Path) -> "Trail":
         """What `save` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**values | {"cuts": [Cut(**cut) for cut in values["cuts"]]})
+        values["cuts"] = [Cut(**cut) for cut in values["cuts"]]
+        if values["healing"] is not None:
+            values["healing"] = Healing(**values["healing"])
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +88,6 @@ class Reached:
     """From the original to what is left, without the healing."""
     statistics: RoutingStatistics
     """Of the original."""
-    merging: dict[str, dict[str, Any]]
-    healing: Healing | None
     trail: Trail
     belief: Belief
     """At all sizes, at the end."""
@@ -110,6 +117,7 @@ def gain_map(reached: Reached, *, before: Footprint, floor: float, risk: float) 
             expected=cut.expected,
             quality=cut.quality,
             is_kept=cut.is_kept,
+            reason=cut.reason,
         )
         for cut in trail.cuts
     ]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..compress.scores import SCORES
 from ..moe.layer import ExpertLayer
+from .collapse_store import check_store
 from .options import CompressOptions
 
 
@@ -25,7 +26,12 @@ def check_descent(options: CompressOptions) -> None:
         raise ValueError(
             f"--until-collapse-risk {options.until_collapse_risk} is not a probability from 0 to 1"
         )
-    if not options.quality_floor <= 1:
+    if not 0 <= options.quality_floor < float("inf"):
+        raise ValueError(
+            f"--quality-floor {options.quality_floor} is no quality: give a number from 0 (nothing of the "
+            "context is left) to 1"
+        )
+    if options.quality_floor > 1:
         raise ValueError(
             f"--quality-floor {options.quality_floor} is above the present quality, which is 1: the original "
             "keeps all of itself"
@@ -46,6 +52,8 @@ def check_descent(options: CompressOptions) -> None:
     }
     if said := [flag for flag, is_said in taken.items() if is_said]:
         raise ValueError(f"--until-collapse-risk and {said[0]} exclude each other; leave one of them out")
+
+    check_store(options.collapse_store)
 
 
 def check_descent_layers(layers: Sequence[ExpertLayer]) -> None:

@@ -129,7 +129,12 @@ def _does_without_data(options: CompressOptions) -> bool:
     """Whether nothing that is asked for reads any text."""
     reads_use = options.grouping in ("adaptive", "sensitivity") or options.plan is not None
     has_report = options.report and not options.plan_only
-    is_judged = has_report or options.heal != "none" or options.data is not None
+    is_judged = (
+        has_report
+        or options.heal != "none"
+        or options.data is not None
+        or options.until_collapse_risk is not None
+    )
     return options.method in NEEDS_NO_DATA and not (reads_use or is_judged)
 
 

@@ -29,7 +29,6 @@ from .collapse_store import read_runs
 from .console import is_interactive, show, step
 from .descent import Cut, Reached, Trail
 from .heal import heal
-from .healing import Healing
 from .load import load_model
 from .planning import planner_options
 from .prepare import Job
@@ -54,8 +53,6 @@ class Descent:
         self.identity = ModelIdentity.of(expert_layers(model))
         self.top_k = max(layer.top_k for layer in expert_layers(model))
         self.statistics = self._record(expert_layers(model))
-        self.merging: dict[str, dict[str, Any]] = {}
-        self.healing: Healing | None = None
         self.path = work / STATE
         self.trail = self._resume()
 
@@ -67,9 +64,8 @@ class Descent:
     def believe(self, sizes: list[int]) -> Belief:
         """Of qualities at some sizes."""
         options, kept = self.job.options, np.array(sizes) / self.trail.whole
-        before = curve_of_runs(read_runs(options.collapse_store, self.identity.fingerprint))
-        seed = options.seed + len(self.trail.cuts)
-        return believe(self.trail.points, kept, options.quality_floor, seed=seed, before=before)
+        before = curve_of_runs([dict(points) for points in self.trail.earlier])
+        return believe(self.trail.points, kept, options.quality_floor, before=before)
 
     def run(self) -> Reached:
         """Go down until no cut is allowed."""
@@ -92,8 +88,6 @@ class Descent:
         return Reached(
             plan=self._plan(),
             statistics=self.statistics,
-            merging=self.merging,
-            healing=self.healing,
             trail=self.trail,
             belief=self.believe(every),
         )
@@ -128,7 +122,7 @@ class Descent:
         )
         self.trail.cuts.append(cut)
         if is_kept:
-            self.merging, self.healing = report, healing
+            self.trail.merging, self.trail.healing = report, healing
             self.trail.kept = {n: [kept[core] for core in cores[n]] for n, kept in self.trail.kept.items()}
             self._keep()
         else:
@@ -167,7 +161,11 @@ class Descent:
             self.model = self._last_good()
             return self.trail
         options, layers = self.job.options, expert_layers(self.model)
+        earlier = read_runs(options.collapse_store, run_kind(self.job, self.identity.fingerprint))
+        if earlier:
+            show(f"expecting what {len(earlier)} earlier run(s) saw")
         return Trail(
+            earlier=earlier,
             information=context_information(self.original, self.job.texts.held_out, options.batch_size),
             whole=layers[0].num_experts,
             kept={layer.name: list(range(layer.num_experts)) for layer in layers},
@@ -190,6 +188,18 @@ class Descent:
                 "cuts": len(self.trail.cuts),
             },
         )
+
+
+def run_kind(job: Job, fingerprint: str) -> dict[str, Any]:
+    """What two runs must share for one to expect what the other saw.
+
+    Args:
+        job: What is asked for.
+        fingerprint: Of the model's layers.
+    """
+    options = job.options
+    healing = [options.heal, options.heal_steps, options.heal_learning_rate]
+    return {"layers": fingerprint, "method": options.method, "healing": healing, "data": job.data}
 
 
 def descend(job: Job, model: PreTrainedModel, staging: Staging) -> tuple[PreTrainedModel, Reached]:

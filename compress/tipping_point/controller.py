@@ -6,7 +6,7 @@ A Gaussian process learns quality by what is kept from the cuts made so far; whe
 uncertain, so it does not promise anything there. Dynamic programming over the cuts to come chooses the next.
 """
 
-# L sizes that the model may have, from the present one down
+# N nodes of hyper-parameters, S sizes
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from .gaussian_process import GaussianProcess, LogPosterior, sample_hyperparameters
+from .gaussian_process import GaussianProcess, LogPosterior, prior_quantiles
 from .population import Array, Growth
 
-SCALE = 0.3
-"""Deviation of quality about what is expected of it, before there are data."""
+DEVIATION = 0.35
+"""Of quality about what is expected of it, before there are data, in shares of the experts taken: with an
+eighth of them gone it may lie 0.09 lower than that, by two deviations."""
 LENGTH_PRIOR = (6.0, 1.75)
 """Inverse gamma; mean 0.35 of the experts."""
-NOISE_PRIOR = (5.0, 0.2)
-"""Inverse gamma, in units of SCALE; mean 0.05."""
-ITERATIONS, BURN_IN, THIN = 4000, 1000, 100
+NOISE_PRIOR = (5.0, 0.06)
+"""Inverse gamma; mean 0.015 of quality."""
+LENGTHS, NOISES = 24, 12
+"""Nodes over which the hyper-parameters are averaged, by quantiles of their priors."""
 STEP_COST = 0.01
 """Of a cut, in shares of the experts that it would have to save to be worth making."""
 ENDS = ((0.0, 0.0), (1.0, 0.0))
@@ -62,45 +64,45 @@ def believe(
     kept: Array,
     floor: float,
     *,
-    seed: int = 0,
     before: Growth | None = None,
 ) -> Belief:
     """Learn quality by what is kept.
 
+    The hyper-parameters are averaged over a grid of them, not over a walk, so that no seed decides.
+
     Args:
-        points: Shares kept and qualities measured, in [0, 1] and at most 1.
+        points: Shares kept and qualities measured, in (0, 1] and at most 1; none is the belief before data.
         kept: Shares to believe something of.
         floor: Lowest quality that is wanted.
-        seed: Of the walk over hyper-parameters.
         before: Quality by share kept as it is expected before there are data, such as `curve_of_runs`; by
             default ``1 - (1 - kept)^2``, because the first experts are the cheapest.
 
     Raises:
-        ValueError: Points that are not finite or out of range.
+        ValueError: Points, shares or a floor that are not finite or out of range.
     """
     at, found = _checked(points)
     shares = np.asarray(kept, dtype=np.float64)
+    if shares.ndim != 1 or not ((shares >= 0) & (shares <= 1)).all():
+        raise ValueError(f"kept={shares.tolist()} must be a row of shares from 0 to 1")
+    if not np.isfinite(floor):
+        raise ValueError(f"floor={floor} must be a finite quality")
     prior = before or _first_are_cheap
-    residual = (found - prior(at)) / SCALE
-    means, variances = [], []
-    for length, noise in _hyperparameters(at, residual, seed):
-        if len(at) >= 2:
-            process = GaussianProcess(x=at, y=residual, length=length, noise=noise, pinned=ENDS)
-        else:  # the ends alone, as points of their own
-            process = GaussianProcess(
-                x=np.array([0.0, 1.0]),
-                y=np.zeros(2),
-                length=length,
-                noise=1e-3,
-                pinned=tuple(zip(at, residual, strict=True)),
-            )
+    residual = found - prior(at)
+    lengths, noises, weights_N = _hyperparameters(at, residual)
+    mean_NS, variance_NS = np.empty((2, len(weights_N), len(shares)))
+    for node, (length, noise) in enumerate(zip(lengths, noises, strict=True)):
+        process = GaussianProcess(
+            x=at, y=residual, length=length, noise=noise, amplitude=_deviation, pinned=ENDS
+        )
         mean, variance = process.posterior(shares)
-        means.append(prior(shares) + SCALE * mean)
-        variances.append(SCALE**2 * (variance + noise**2))
-    mean_SL, variance_SL = np.array(means), np.array(variances)
-    crossing = ndtr((floor - mean_SL) / np.sqrt(variance_SL)).mean(0)
-    deviation = np.sqrt(variance_SL.mean(0) + mean_SL.var(0))
-    return Belief(kept=shares, mean=mean_SL.mean(0), deviation=deviation, crossing=crossing)
+        mean_NS[node], variance_NS[node] = prior(shares) + mean, variance + noise**2
+    average = weights_N @ mean_NS
+    return Belief(
+        kept=shares,
+        mean=average,
+        deviation=np.sqrt(weights_N @ (variance_NS + (mean_NS - average) ** 2)),
+        crossing=weights_N @ ndtr((floor - mean_NS) / np.sqrt(variance_NS)),
+    )
 
 
 def decide(
@@ -125,8 +127,13 @@ def decide(
         failed: Largest size that is known to lie below the floor.
 
     Raises:
-        ValueError: A risk outside [0, 1].
+        ValueError: A risk outside [0, 1], or sizes that do not fall from at most the whole.
     """
+    order = list(sizes)
+    if not order or order != sorted(set(order), reverse=True) or not 1 <= order[-1] <= order[0] <= whole:
+        raise ValueError(f"sizes={order} must fall, from at most whole={whole} to at least 1")
+    if len(belief.crossing) != len(order):
+        raise ValueError(f"the belief is of {len(belief.crossing)} sizes, but {len(order)} are given")
     if not 0 <= risk <= 1:
         raise ValueError(f"risk={risk} is not a probability between 0 and 1")
     allowed = [
@@ -145,12 +152,10 @@ def decide(
     if follow[0]:
         chosen = follow[0]
         chance, expected = float(belief.crossing[chosen]), float(belief.mean[chosen])
-        return Decision(
-            experts=sizes[chosen],
-            risk=chance,
-            expected=expected,
-            reason=f"{sizes[chosen]} experts: {expected:.3f} expected, below the floor with {chance:.1%}",
-        )
+        reason = f"{sizes[chosen]} experts: {expected:.3f} expected, below the floor with {chance:.1%}"
+        if chosen + 1 < len(sizes):
+            reason += f", {sizes[chosen + 1]} with {belief.crossing[chosen + 1]:.1%}"
+        return Decision(experts=sizes[chosen], risk=chance, expected=expected, reason=reason)
     return _stopped(sizes, belief, risk, failed)
 
 
@@ -187,16 +192,25 @@ def _first_are_cheap(kept: Array) -> Array:
     return 1 - (1 - kept) ** 2
 
 
-def _hyperparameters(at: Array, residual: Array, seed: int) -> Array:
-    x, y = (at, residual) if len(at) >= 2 else (np.array([0.0, 1.0]), np.zeros(2))
-    pinned = ENDS if len(at) >= 2 else ()
-    target = LogPosterior(x, y, pinned, length_prior=LENGTH_PRIOR, noise_prior=NOISE_PRIOR)
-    rng = np.random.default_rng(seed)
-    return sample_hyperparameters(target, rng, iterations=ITERATIONS, burn_in=BURN_IN, thin=THIN)
+def _deviation(kept: Array) -> Array:
+    return DEVIATION * (1 - kept)
+
+
+def _hyperparameters(at: Array, residual: Array) -> tuple[Array, Array, Array]:
+    """Nodes of length and noise, and what each weighs: under the prior all the same."""
+    target = LogPosterior(at, residual, ENDS, amplitude=_deviation)
+    pairs = np.meshgrid(prior_quantiles(LENGTH_PRIOR, LENGTHS), prior_quantiles(NOISE_PRIOR, NOISES))
+    lengths, noises = (values.ravel() for values in pairs)
+    heights = np.array([target.likelihood(logs) for logs in np.log([lengths, noises]).T])
+    weights = np.exp(heights - heights.max())
+    return lengths, noises, weights / weights.sum()
 
 
 def _checked(points: Sequence[tuple[float, float]]) -> tuple[Array, Array]:
-    pairs = np.array(points, dtype=np.float64).reshape(-1, 2)
+    pairs = np.array(points, dtype=np.float64)
+    pairs = pairs.reshape(0, 2) if not pairs.size else pairs
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"points have shape {pairs.shape}; they must be pairs of a share and a quality")
     if not np.isfinite(pairs).all() or (pairs[:, 0] <= 0).any() or (pairs > 1).any():
         raise ValueError(f"points {pairs.tolist()} must be shares kept in (0, 1] and qualities of at most 1")
     inside = pairs[:, 0] < 1  # everything has all quality, without error

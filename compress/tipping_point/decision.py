@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .population import Array
+from .population import Array, check_stocks
+from .transitions import check_grid
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +32,12 @@ class Policy:
         return self.grid - self.harvest
 
     def at(self, stocks: Array) -> Array:
-        """Harvests of stocks off the grid: that of the nearest point, and never more than there is."""
+        """Harvests of stocks off the grid: that of the nearest point, and never more than there is.
+
+        Raises:
+            ValueError: Negative stocks, NaN or infinity.
+        """
+        stocks = check_stocks(np.atleast_1d(stocks), at_least=1)
         spacing = self.grid[1]
         nearest = np.clip(np.rint(stocks / spacing).astype(int), 0, len(self.grid) - 1)
         return np.minimum(self.grid[self.harvest_index][nearest], stocks)
@@ -42,7 +48,7 @@ def solve(
     grid: Array,
     *,
     discount: float = 0.99,
-    iterations: int = 1000,
+    iterations: int = 10_000,
     tolerance: float | None = None,
 ) -> Policy:
     """Value iteration: the harvest today that is worth most with all that follows.
@@ -55,12 +61,14 @@ def solve(
         tolerance: Change of values at which to stop; ``(1 - d) 1e-4 / (2 d)`` unless said otherwise.
 
     Raises:
-        ValueError: Rows do not sum to 1, shapes differ, or the discount is out of range.
+        ValueError: Rows do not sum to 1, shapes differ, a grid that is none, or the discount is out of range.
+        RuntimeError: The values still change after all iterations.
 
     Reference: Boettiger et al. (2015), equation 7. The released code adds the undiscounted value instead.
     """
     if not 0 < discount < 1:
         raise ValueError(f"discount={discount} must lie between 0 and 1")
+    grid = check_grid(grid)
     size = len(grid)
     if transitions_HXX.shape != (size, size, size):
         raise ValueError(f"transitions have shape {transitions_HXX.shape}, not {(size, size, size)}")
@@ -74,4 +82,9 @@ def solve(
         before, value_X = value_X, worth_HX.max(0)
         if np.abs(value_X - before).max() < limit:
             break
+    else:
+        raise RuntimeError(
+            f"values still change by more than {limit:.3g} after {iterations} iterations; give more of them, "
+            "or a larger tolerance"
+        )
     return Policy(grid=grid, harvest_index=worth_HX.argmax(0), value=value_X)

@@ -6,14 +6,17 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
+from scipy.stats import invgamma
 
-from .population import Array
+from .population import Array, Growth
 
 LENGTH_PRIOR = (10.0, 10.0)
 """Shape and scale of the inverse gamma prior of the length scale."""
 NOISE_PRIOR = (5.0, 5.0)
 """Of that of the noise."""
 JITTER = 1e-9
+SMALLEST = 1e-15
+"""Variance; keeps the covariance regular where the amplitude is zero."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,12 +28,14 @@ class GaussianProcess:
         y: What was observed.
         length: Length scale of the kernel.
         noise: Deviation of the observations.
-        amplitude: Deviation of the function about its mean, before there are data.
+        amplitude: Deviation of the function about its mean, before there are data; a function of x where that
+            differs.
         mean: Of the function, before there are data.
         pinned: Points (x, y) that it is known to go through, without noise.
 
     Raises:
-        ValueError: Fewer than two points, numbers that are not finite, or scales that are not positive.
+        ValueError: Fewer than two points (beside two pinned ones none is needed), numbers that are not
+            finite, or scales that are not positive.
 
     Reference: Boettiger, Mangel and Munch, "Avoiding tipping points in fisheries management through
     Gaussian process dynamic programming" (2015), equations 4 to 6.
@@ -40,7 +45,7 @@ class GaussianProcess:
     y: Array
     length: float
     noise: float
-    amplitude: float = 1.0
+    amplitude: float | Growth = 1.0
     mean: float = 0.0
     pinned: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
     _factor: Any = field(init=False, repr=False)
@@ -49,26 +54,30 @@ class GaussianProcess:
 
     def __post_init__(self) -> None:
         """Factorise the covariance."""
-        check_points(self.x, self.y)
+        check_points(self.x, self.y, at_least=2 if len(self.pinned) < 2 else 0)
         for name in ("length", "noise", "amplitude"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+            if not callable(value := getattr(self, name)) and not 0 < value < np.inf:
+                raise ValueError(f"{name}={value} must be a positive number")
         at, targets, noises = with_pins(self.x, self.y, self.noise, self.pinned)
-        covariance = self._kernel(at, at) + np.diag(noises**2 + JITTER * self.amplitude**2)
+        covariance = self._kernel(at, at) + np.diag(noises**2 + JITTER * self._scale(at) ** 2 + SMALLEST)
         factor = cho_factor(covariance, lower=True)
         object.__setattr__(self, "_at", at)
         object.__setattr__(self, "_factor", factor)
         object.__setattr__(self, "_weights", cho_solve(factor, targets - self.mean))
 
+    def _scale(self, points: Array) -> Array:
+        return amplitudes(self.amplitude, points)
+
     def _kernel(self, left: Array, right: Array) -> Array:
         scaled = (left[:, None] - right) / self.length
-        return self.amplitude**2 * np.exp(-0.5 * scaled**2)
+        return self._scale(left)[:, None] * self._scale(right) * np.exp(-0.5 * scaled**2)
 
     def posterior(self, points: Array) -> tuple[Array, Array]:
         """Mean and variance of the function (without noise) at some points."""
-        across = self._kernel(np.asarray(points, dtype=np.float64), self._at)
+        points = np.asarray(points, dtype=np.float64)
+        across = self._kernel(points, self._at)
         half = solve_triangular(self._factor[0], across.T, lower=True)
-        variance = self.amplitude**2 - (half**2).sum(0)
+        variance = self._scale(points) ** 2 - (half**2).sum(0)
         return self.mean + across @ self._weights, np.maximum(variance, 0.0)
 
     def draws(self, points: Array, count: int, rng: np.random.Generator) -> Array:
@@ -93,18 +102,23 @@ def with_pins(
     return at, targets, np.concatenate([np.zeros(len(pins)), np.full(len(x), noise)])
 
 
-def check_points(x: Array, y: Array) -> None:
+def amplitudes(amplitude: float | Growth, points: Array) -> Array:
+    """At some points."""
+    return amplitude(points) if callable(amplitude) else np.full(len(points), amplitude)
+
+
+def check_points(x: Array, y: Array, at_least: int = 2) -> None:
     """Refuse points that no function can be learned from.
 
     Raises:
-        ValueError: Fewer than two, unequal lengths, or numbers that are not finite.
+        ValueError: Fewer than `at_least`, unequal lengths, or numbers that are not finite.
     """
     if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
         raise ValueError(
             f"x and y have shapes {np.shape(x)} and {np.shape(y)}; they must be equally long rows"
         )
-    if len(x) < 2:
-        raise ValueError(f"a function cannot be learned from {len(x)} point(s); give at least 2")
+    if len(x) < at_least:
+        raise ValueError(f"a function cannot be learned from {len(x)} point(s); give at least {at_least}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("x or y holds NaN or infinity; every point must be finite")
 
@@ -120,6 +134,7 @@ class LogPosterior:
         pinned: Points without noise.
         length_prior: Shape and scale of the inverse gamma prior of the length scale.
         noise_prior: Of that of the noise.
+        amplitude: As that of `GaussianProcess`.
     """
 
     def __init__(
@@ -130,11 +145,14 @@ class LogPosterior:
         *,
         length_prior: tuple[float, float] = LENGTH_PRIOR,
         noise_prior: tuple[float, float] = NOISE_PRIOR,
+        amplitude: float | Growth = 1.0,
     ) -> None:
         self.length_prior, self.noise_prior = length_prior, noise_prior
-        check_points(x, y)
+        check_points(x, y, at_least=2 if len(pinned) < 2 else 0)
         self.at, self.targets, self.is_noisy = with_pins(x, y, 1.0, pinned)
         self.squares = (self.at[:, None] - self.at) ** 2
+        scale = amplitudes(amplitude, self.at)
+        self.scales = scale[:, None] * scale
 
     def __call__(self, logs: Array) -> float:
         """At (log length, log noise)."""
@@ -150,8 +168,10 @@ class LogPosterior:
     def likelihood(self, logs: Array) -> float:
         """Log marginal likelihood; minus infinity where the covariance is singular."""
         length, noise = np.exp(logs)
-        covariance = np.exp(-0.5 * self.squares / length**2)
-        covariance.flat[:: len(self.at) + 1] += self.is_noisy * noise**2 + JITTER
+        covariance = self.scales * np.exp(-0.5 * self.squares / length**2)
+        covariance.flat[:: len(self.at) + 1] += (
+            self.is_noisy * noise**2 + JITTER * self.scales.diagonal() + SMALLEST
+        )
         try:
             factor = np.linalg.cholesky(covariance)
         except np.linalg.LinAlgError:
@@ -204,6 +224,11 @@ def sample_hyperparameters(
         if number >= burn_in and (number - burn_in) % thin == 0:
             kept.append(here)
     return np.exp(np.array(kept))
+
+
+def prior_quantiles(prior: tuple[float, float], count: int) -> Array:
+    """The middles of equally probable parts of an inverse gamma prior, which each weigh the same."""
+    return invgamma.ppf((np.arange(count) + 0.5) / count, prior[0], scale=prior[1])
 
 
 def most_likely(log_posterior: LogPosterior) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from .decision import Policy, solve
 from .gaussian_process import GaussianProcess, LogPosterior, sample_hyperparameters
 from .population import Array, check_stocks
 from .published import published_processes, published_solution, published_transitions
-from .transitions import gp_transitions
+from .transitions import check_grid, gp_transitions
 
 
 def gp_policy(
@@ -28,12 +28,18 @@ def gp_policy(
             it has its own numbers of steps.
 
     Raises:
-        ValueError: A series or a grid that is none.
+        ValueError: A series or a grid that is none, or a grid that ends below the largest stock.
 
     Reference: Boettiger, Mangel and Munch, "Avoiding tipping points in fisheries management through Gaussian
     process dynamic programming" (2015), arXiv:1412.8081.
     """
     series, rng = check_stocks(series, at_least=3), np.random.default_rng(seed)
+    grid = check_grid(grid)
+    if grid[-1] < series.max():
+        raise ValueError(
+            f"the grid ends at {grid[-1]:g}, below the largest stock, {series.max():g}; it must "
+            "cover all of them"
+        )
     x, y = series[:-1], series[1:]
     if published_code:
         return published_solution(published_transitions(published_processes(x, y, rng), grid), grid)

@@ -79,7 +79,7 @@ def fit(family: str, series: Array, *, seed: int = 0) -> Fit:
 
     *Departs from the paper*: its code maximises the sum of the densities, not of their logarithms.
     """
-    series = check_stocks(series)
+    series = _checked(series)
     names, make, bounds = _family(family)
     limits = [*bounds, (1e-3, 1.0)]
 
@@ -142,7 +142,7 @@ def sample(
         iterations: Steps of it; the paper has a million, in six chains.
         burn_in: Steps that are forgotten.
     """
-    series = check_stocks(series)
+    series = _checked(series)
     names, make, bounds = _family(family)
     low, high = np.array([*bounds, NOISE_BOUNDS]).T
 
@@ -168,6 +168,15 @@ def sample(
     draws = walked[burn_in:]
     deviance = -2 * heights[burn_in:]
     return Posterior(family=family, draws=draws, dic=float(deviance.mean() + deviance.var() / 2))
+
+
+def _checked(series: Array) -> Array:
+    """A series that has a likelihood: two years at least, and none without any stock."""
+    series = check_stocks(series, at_least=3)
+    if (series == 0).any():
+        where = int(np.argmax(series == 0))
+        raise ValueError(f"stock {where} is 0, of which no model with lognormal noise has a likelihood")
+    return series
 
 
 def _family(name: str) -> tuple[list[str], Callable[..., Growth], list[tuple[float, float]]]:

@@ -14,13 +14,22 @@ Growth = Callable[[Array], Array]
 LARGEST_EXPONENT = 50.0
 
 
+class _Model:
+    """Of positive parameters."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < np.inf:
+                raise ValueError(f"{type(self).__name__}: {name}={value} must be a positive number")
+
+
 def _exp(exponent: Array) -> Array:
     """Finite for any parameters that a search may try."""
     return np.exp(np.minimum(exponent, LARGEST_EXPONENT))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Allen:
+class Allen(_Model):
     """Allen's model, with a tipping point C: ``s exp(r (1 - s/K) (s - C)/K)``.
 
     Below C a stock shrinks year by year, to nothing.
@@ -39,7 +48,7 @@ class Allen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ricker:
+class Ricker(_Model):
     """Ricker's model, which always recovers: ``s exp(r (1 - s/K))``."""
 
     r: float
@@ -52,7 +61,7 @@ class Ricker:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Myers:
+class Myers(_Model):
     """Myers' model, ``r s^theta / (1 + s^theta / K)``; theta = 1 is Beverton and Holt's.
 
     It has a tipping point where theta is above 1.
@@ -93,6 +102,21 @@ def check_stocks(stocks: Array, at_least: int = 2) -> Array:
     return series
 
 
+def check_noise(noise: float, *, is_needed: bool = False) -> None:
+    """Refuse what is no deviation.
+
+    Args:
+        noise: To check.
+        is_needed: Without noise there would be no density.
+
+    Raises:
+        ValueError: Negative, NaN or infinite, or zero where it is needed.
+    """
+    if not np.isfinite(noise) or noise < 0 or (is_needed and noise == 0):
+        lowest = "above 0" if is_needed else "of at least 0"
+        raise ValueError(f"noise={noise} is no deviation: it must be a finite number {lowest}")
+
+
 def simulate_unharvested(
     growth: Growth, *, start: float, years: int, noise: float, rng: np.random.Generator
 ) -> Array:
@@ -104,7 +128,14 @@ def simulate_unharvested(
         years: Length of the series.
         noise: Deviation of the logarithm of the yearly factor.
         rng: Source of that.
+
+    Raises:
+        ValueError: A start or a noise below zero or not finite, or no year at all.
     """
+    check_stocks(np.array([start]), at_least=1)
+    check_noise(noise)
+    if years < 1:
+        raise ValueError(f"years={years} must be at least 1")
     stocks = [start]
     for factor in np.exp(noise * rng.standard_normal(years - 1)):
         stocks.append(float(factor * growth(np.array([stocks[-1]]))[0]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .decision import Policy
-from .population import Array, Growth
+from .population import Array, Growth, check_noise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,8 +51,10 @@ def simulate(
         seed: Of the noise; the same for all policies that are compared.
 
     Raises:
-        ValueError: A start below zero, or numbers of years or replicates that are not positive.
+        ValueError: A start or a noise below zero or not finite, or numbers of years or replicates that are
+            not positive.
     """
+    check_noise(noise)
     if not (np.isfinite(start) and start >= 0):
         raise ValueError(f"start={start} is no stock: it must be a finite number from 0 up")
     if years < 2 or replicates < 1:

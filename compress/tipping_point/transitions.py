@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import lognorm, norm
 
 from .gaussian_process import GaussianProcess
-from .population import Array, Growth
+from .population import Array, Growth, check_noise
 
 
 def check_grid(grid: Array) -> Array:
@@ -57,8 +57,12 @@ def gp_transitions(processes: Sequence[GaussianProcess], grid: Array) -> Array:
 
     Returns:
         ``H X X`` probabilities; rows sum to 1.
+
+    Raises:
+        ValueError: No processes, or a grid that is none.
     """
     grid = check_grid(grid)
+    _check_any(processes)
     rows = np.zeros((len(grid), len(grid)))
     for process in processes:
         mean, variance = process.posterior(grid)
@@ -77,8 +81,14 @@ def model_transitions(models: Sequence[tuple[Growth, float]], grid: Array) -> Ar
 
     Returns:
         ``H X X`` probabilities; rows sum to 1.
+
+    Raises:
+        ValueError: No models, a noise that is not above 0, or a grid that is none.
     """
     grid = check_grid(grid)
+    _check_any(models)
+    for _, noise in models:
+        check_noise(noise, is_needed=True)
     rows = np.zeros((len(grid), len(grid)))
     for growth, noise in models:
         mean = growth(grid)
@@ -86,3 +96,8 @@ def model_transitions(models: Sequence[tuple[Growth, float]], grid: Array) -> Ar
         rows += normalised(lognorm.pdf(grid, noise, scale=scale[:, None]), mean, grid)
     rows[0] = np.eye(len(grid))[0]
     return by_harvest(rows / rows.sum(1, keepdims=True))
+
+
+def _check_any(models: Sequence[object]) -> None:
+    if not len(models):
+        raise ValueError("transitions cannot be averaged over no models; give at least one")

@@ -3,6 +3,12 @@
 import numpy as np
 import pytest
 from moekit.compress.gain_map import GainMap, GainStep, gain_figure
+from moekit.compress.tipping_point import (
+    GaussianProcess,
+    LogPosterior,
+    controller,
+    sample_hyperparameters,
+)
 from moekit.compress.tipping_point.controller import Belief, believe, curve_of_runs, decide
 
 WHOLE = 16
@@ -25,7 +31,7 @@ def descend(curve, risk: float, noise: float = 0.005) -> tuple[int, list[tuple[f
     rng = np.random.default_rng(0)
     while True:
         sizes = list(range(here, 1, -1))
-        belief = believe(points, np.array(sizes) / WHOLE, FLOOR, seed=len(points))
+        belief = believe(points, np.array(sizes) / WHOLE, FLOOR)
         decision = decide(sizes, belief, risk=risk, whole=WHOLE, failed=failed)
         if decision.experts is None:
             return here, points
@@ -56,6 +62,64 @@ def test_more_risk_goes_down_in_fewer_cuts():
     assert bold[0] <= careful[0]
 
 
+@pytest.mark.parametrize(("whole", "is_cut"), [(4, False), (8, True), (16, True), (64, True), (128, True)])
+def test_the_first_cut_needs_no_luck(whole, is_cut):
+    sizes = list(range(whole, 1, -1))
+    decision = decide(sizes, believe([], np.array(sizes) / whole, 0.9), risk=0.05, whole=whole)
+    assert (decision.experts is not None) is is_cut  # one of four experts is much
+
+
+def test_hyperparameters_are_averaged_as_by_a_walk():
+    points = [(15 / 16, 0.99), (12 / 16, 0.97), (10 / 16, 0.90)]
+    at, found = np.array(points).T
+    kept = np.arange(3, 12) / 16
+    expected = lambda share: 1 - (1 - share) ** 2  # noqa: E731
+    target = LogPosterior(
+        at,
+        found - expected(at),
+        controller.ENDS,
+        length_prior=controller.LENGTH_PRIOR,
+        noise_prior=controller.NOISE_PRIOR,
+        amplitude=lambda share: controller.DEVIATION * (1 - share),
+    )
+    walk = sample_hyperparameters(target, np.random.default_rng(0), iterations=30_000, burn_in=3000, thin=20)
+    means = [
+        GaussianProcess(
+            x=at,
+            y=found - expected(at),
+            length=length,
+            noise=noise,
+            amplitude=lambda share: controller.DEVIATION * (1 - share),
+            pinned=controller.ENDS,
+        ).posterior(kept)[0]
+        for length, noise in walk
+    ]
+    assert np.allclose(believe(points, kept, FLOOR).mean, expected(kept) + np.mean(means, axis=0), atol=0.01)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_few_points_are_believed(number):
+    points = [(15 / 16, 0.90), (14 / 16, 0.80)][:number]
+    belief = believe(points, np.array([14 / 16, 12 / 16]), FLOOR)
+    assert np.isfinite(belief.mean).all()
+    assert (belief.mean[0] < believe([], np.array([14 / 16]), FLOOR).mean[0] - 0.01) is np.bool_(number > 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: believe([], np.array([1.5]), FLOOR), "must be a row of shares"),
+        (lambda: believe([], np.array([0.5]), float("nan")), "floor=nan"),
+        (lambda: decide([], believe([], np.array([0.5]), FLOOR), risk=0.1, whole=8), "must fall"),
+        (lambda: decide([8, 4], believe([], np.array([1.0, 0.5]), FLOOR), risk=0.1, whole=0), "must fall"),
+        (lambda: decide([8, 4], believe([], np.array([0.5]), FLOOR), risk=0.1, whole=8), "of 1 sizes"),
+    ],
+)
+def test_what_is_no_question(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_no_risk_allows_no_cut():
     reached, points = descend(gentle, 0.0)
     assert (reached, points) == (WHOLE, [])
@@ -64,10 +128,10 @@ def test_no_risk_allows_no_cut():
 def test_the_same_points_give_the_same_belief():
     points = [(15 / 16, 0.99), (12 / 16, 0.97)]
     kept = np.arange(2, 17) / 16
-    first, second = (believe(points, kept, FLOOR, seed=3) for _ in range(2))
+    first, second = (believe(points, kept, FLOOR) for _ in range(2))
     assert np.array_equal(first.mean, second.mean)
     assert np.array_equal(first.crossing, second.crossing)
-    part = believe(points, kept[4:7], FLOOR, seed=3)  # whatever else is asked
+    part = believe(points, kept[4:7], FLOOR)  # whatever else is asked
     assert np.allclose(part.mean, first.mean[4:7])
 
 

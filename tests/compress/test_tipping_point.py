@@ -209,9 +209,10 @@ def test_lognormal_rows_have_the_expected_spread():
 
 
 SERIES_FAULTS = [
-    (np.array([5.0]), "at least 2 stocks"),
-    (np.array([5.0, -1.0]), "no stock is below 0"),
-    (np.array([5.0, np.nan]), "must be a finite number"),
+    (np.array([5.0, 6.0]), "at least 3 stocks"),
+    (np.array([5.0, 0.0, 6.0]), "stock 1 is 0, of which"),
+    (np.array([5.0, 4.0, -1.0]), "no stock is below 0"),
+    (np.array([5.0, 4.0, np.nan]), "must be a finite number"),
 ]
 
 
@@ -234,6 +235,19 @@ def test_series_that_are_none(series, message):
         (lambda: solve(np.ones((3, 3, 3)), np.linspace(0, 2, 3)), "sum to 1"),
         (lambda: solve(np.eye(3)[None].repeat(3, 0), np.linspace(0, 2, 3), discount=1.0), "discount=1.0"),
         (lambda: simulate(TRUTH, optimum(), start=-1.0), "is no stock"),
+        (lambda: simulate(TRUTH, optimum(), noise=-1.0), "noise=-1.0 is no deviation"),
+        (lambda: simulate(TRUTH, optimum(), noise=np.nan), "noise=nan is no deviation"),
+        (lambda: model_transitions([(TRUTH, 0.0)], GRID), "finite number above 0"),
+        (lambda: model_transitions([], GRID), "over no models"),
+        (lambda: gp_transitions([], GRID), "over no models"),
+        (lambda: optimum().at(np.array([1.0, -1.0])), "no stock is below 0"),
+        (lambda: Allen(K=0.0), "Allen: K=0.0 must be a positive"),
+        (lambda: Ricker(r=np.nan, K=8.0), "Ricker: r=nan"),
+        (lambda: gp_policy(DATA, np.linspace(0, 5, 50)), "the grid ends at 5, below the largest stock"),
+        (
+            lambda: simulate_unharvested(TRUTH, start=-1.0, years=4, noise=0.1, rng=RNG),
+            "no stock is below 0",
+        ),
         (lambda: fit("Schaefer", DATA), "not one of Allen, Ricker, Myers"),
         (
             lambda: sample_hyperparameters(LogPosterior(X, Y), np.random.default_rng(0), iterations=5),
@@ -244,6 +258,26 @@ def test_series_that_are_none(series, message):
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_values_that_still_change_are_no_policy():
+    with pytest.raises(RuntimeError, match="values still change by more than"):
+        solve(model_transitions([(TRUTH, 0.05)], GRID), GRID, iterations=3)
+
+
+def test_the_amplitude_may_depend_on_where():
+    x, y, at = np.array([0.25, 0.75]), np.array([0.1, -0.2]), np.array([0.1, 0.5, 1.0])
+    fades = lambda points: 0.4 * (1 - points)  # noqa: E731
+    process = GaussianProcess(x=x, y=y, length=0.4, noise=0.05, amplitude=fades, pinned=())
+    flat = GaussianProcess(x=x, y=y / fades(x), length=0.4, noise=1e-6, pinned=())
+    mean, variance = process.posterior(at)
+    kernel = lambda a, b: np.exp(-0.5 * ((a[:, None] - b) / 0.4) ** 2) * np.outer(fades(a), fades(b))  # noqa: E731
+    gain = kernel(at, x) @ np.linalg.inv(kernel(x, x) + 0.05**2 * np.eye(2))
+    assert np.allclose(mean, gain @ y, atol=1e-6)
+    assert np.allclose(variance, np.diag(kernel(at, at) - gain @ kernel(x, at)), atol=1e-6)
+    exact = GaussianProcess(x=x, y=y, length=0.4, noise=1e-6, amplitude=fades, pinned=())
+    assert np.allclose(exact.posterior(at)[0], fades(at) * flat.posterior(at)[0], atol=1e-4)
+    assert variance[-1] == pytest.approx(0, abs=1e-12)
 
 
 def test_fresh_data_never_show_the_tipping_point():

@@ -148,28 +148,110 @@ def test_healing_between_the_cuts(checkpoint, data, tmp_path):
     assert not list(partial_folder(out).parent.glob("healing-*"))
 
 
-def test_runs_are_kept_for_later_ones(checkpoint, data, tmp_path):
+def test_runs_are_kept_for_later_ones(checkpoint, data, tmp_path, capsys):
     store = tmp_path / "store" / "runs.jsonl"
     more = ("--quality-floor", 0.5, "--collapse-store", store, "--no-report")
     assert cli.main(words(checkpoint, data, tmp_path / "one", *more)) == 0
-    plan = CompressionPlan.load(tmp_path / "one" / "plan.json")
-    runs = read_runs(store, plan.model.fingerprint)
-    assert [list(run.items()) for run in runs] == [
-        [(cut["experts"] / 8, cut["quality"]) for cut in descent(tmp_path / "one")["cuts"]]
-    ]
-    assert read_runs(store, "another") == []
-    add_run(store, plan.model.fingerprint, "m", [(0.5, 0.9)])
-    assert len(read_runs(store, plan.model.fingerprint)) == 2
+    kind = json.loads(store.read_text(encoding="utf-8"))["kind"]
+    assert (
+        read_runs(store, kind)
+        == read_runs(store)
+        == [[(cut["experts"] / 8, cut["quality"]) for cut in descent(tmp_path / "one")["cuts"]]]
+    )
+    for other in ({"method": "ean"}, {"data": "other.jsonl"}, {"healing": ["kd", 9, None]}):
+        assert read_runs(store, kind | other) == []
+    store.write_text(store.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    add_run(store, kind, "m", [(0.5, 0.9)])
+    assert len(read_runs(store, kind)) == 2
     assert cli.main(words(checkpoint, data, tmp_path / "two", *more)) == 0
-    store.write_text("{}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"line 1 of .* is no run"):
-        read_runs(store, "x")
+    assert "expecting what 2 earlier run(s) saw" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{}\n", "line 1 of"),
+        (b'{"kind": {}, "points": [[0.5, NaN]]}\n', "line 1 of"),
+        (b'{"kind": {}, "points": [[0.5, 0.9]]}\n{"kind": {}, "poi', "line 2 of"),
+        (b"\xff\xfe\x00", "is no file of text lines"),
+        (None, "is no file of text lines"),
+    ],
+)
+def test_stores_that_are_none_are_refused_before_any_work(
+    checkpoint, data, tmp_path, capsys, content, message
+):
+    store = tmp_path / "store"
+    store.mkdir() if content is None else store.write_bytes(content)
+    assert cli.main(words(checkpoint, data, tmp_path / "out", "--collapse-store", store)) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Loading" not in said.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_changes_meanwhile_changes_nothing(checkpoint, data, tmp_path, monkeypatch):
+    store = tmp_path / "runs.jsonl"
+    more = ("--quality-floor", 0.5, "--no-report", "--collapse-store", store)
+    assert cli.main(words(checkpoint, data, tmp_path / "whole", *more)) == 0
+    store.unlink()
+    kind = None
+    own, calls = until_collapse.Descent._quality, []
+
+    def dying(self: until_collapse.Descent) -> float:
+        nonlocal kind
+        kind = until_collapse.run_kind(self.job, self.identity.fingerprint)
+        calls.append(1)
+        if len(calls) > 1:
+            raise KilledError
+        return own(self)
+
+    monkeypatch.setattr(until_collapse.Descent, "_quality", dying)
+    command = words(checkpoint, data, tmp_path / "out", *more)
+    with pytest.raises(KilledError):
+        cli.main(command)
+    monkeypatch.setattr(until_collapse.Descent, "_quality", own)
+    add_run(store, kind, "m", [(0.9, 0.1)])  # would stop it at once
+    assert cli.main(command) == 0
+    assert descent(tmp_path / "out")["cuts"] == descent(tmp_path / "whole")["cuts"]
+
+
+def test_a_run_that_was_killed_late_still_tells_its_healing(checkpoint, data, tmp_path, monkeypatch):
+    more = ("--quality-floor", 0.5, "--heal", "router", "--heal-steps", 2, "--no-report")
+    command = words(checkpoint, data, tmp_path / "out", *more)
+    own = until_collapse.Descent._plan
+
+    def dying(self: until_collapse.Descent) -> CompressionPlan:
+        raise KilledError
+
+    monkeypatch.setattr(until_collapse.Descent, "_plan", dying)
+    with pytest.raises(KilledError):
+        cli.main(command)
+    monkeypatch.setattr(until_collapse.Descent, "_plan", own)
+    assert cli.main(command) == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert run["healing"]["steps"] == 2
+
+
+def test_a_method_without_data_still_needs_data_to_measure(checkpoint, tmp_path, capsys):
+    command = ["compress", str(checkpoint), "--method", "aimer", "--no-report", "--until-collapse-risk"]
+    assert cli.main([*command, "0.3", "--out", str(tmp_path / "out")]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_the_best_preset_cuts_every_layer_alike(checkpoint, data, tmp_path):
+    command = ["compress", str(checkpoint), *TEXT_OPTIONS, "--data", str(data), "--preset", "best"]
+    more = ("--until-collapse-risk", "0.3", "--quality-floor", "0.5", "--heal-steps", "2", "--no-report")
+    assert cli.main([*command, *more, "--out", str(tmp_path / "out")]) == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert run["healing"]["mode"] == "router"
+    assert CompressionPlan.load(tmp_path / "out" / "plan.json").method == "ean"
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--quality-floor", 1.1), "above the present quality"),
+        (("--quality-floor", "-inf"), "is no quality"),
         (("--experts", 4), "give one of"),
         (("--method", "m-smoe"), "take one that prunes"),
         (("--rank", 4), "--until-collapse-risk and --rank exclude each other"),

@@ -95,11 +95,35 @@ def share_of_digits(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
+def trl_arguments(config: SpeedConfig, folder: str, length: int) -> Any:
+    """What TRL is told, as much as it can be what moekit does."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        learning_rate=1e-4,
+        per_device_train_batch_size=config.prompts * config.group,
+        num_generations=config.group,
+        max_completion_length=length,
+        max_steps=config.steps + WARM_UP,
+        loss_type="grpo",
+        beta=0.0,
+        router_aux_loss_coef=0.0,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+
+
 def run_trl(config: SpeedConfig) -> dict[str, Any]:
     """Seconds of each step, and of its stages."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     num_examples, length = SHAPES[config.shape]
     model, tokenizer, rows = build(num_examples)
@@ -125,28 +149,10 @@ def run_trl(config: SpeedConfig) -> dict[str, Any]:
     clock = Clock()
     clock.times = []
     with tempfile.TemporaryDirectory() as folder:
-        arguments = GRPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            learning_rate=1e-4,
-            per_device_train_batch_size=config.prompts * config.group,
-            num_generations=config.group,
-            max_completion_length=length,
-            max_steps=config.steps + WARM_UP,
-            loss_type="grpo",
-            beta=0.0,
-            router_aux_loss_coef=0.0,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=1,
-        )
         trainer = Timed(
             model,
             reward_funcs=share_of_digits,
-            args=arguments,
+            args=trl_arguments(config, folder, length),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[clock],

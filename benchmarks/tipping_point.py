@@ -257,9 +257,10 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
                 ("extrapolation", BAD, "s"),
                 ("controller, risk 0.05", AFTER, "o"),
             )
-            for area, (way, colour, marker) in zip((70, 34, 14), looks, strict=True):
+            for area, (way, colour, marker) in zip((90, 48, 14), looks, strict=True):
                 ends = [(r["kept"], r["quality"]) for r in rows if r["model"] == model and r["way"] == way]
-                look = {"s": area, "color": colour, "marker": marker, "alpha": 0.8}
+                face = colour if marker == "o" else "none"  # what lies within stays to be seen
+                look = {"s": area, "edgecolors": colour, "facecolors": face, "marker": marker}
                 axes.scatter(*zip(*ends, strict=True), label=f"end of {way}", **look)
             for floor in {row["floor"] for row in rows}:
                 axes.axhline(floor, color=BAD, linestyle=":", linewidth=0.8)

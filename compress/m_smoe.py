@@ -50,10 +50,8 @@ def plan_m_smoe(
 
     Args:
         layers: ``expert_layers(model)``.
-        statistics: Routing of calibration data, by ``record_routing``. Layers that saw no token stay as they
-            are.
-        experts: Experts (groups) to keep in each merged layer, on average for ``grouping="adaptive"``. Give
-            this or ``ratio``.
+        statistics: Of calibration data, by ``record_routing``; layers that saw no token stay as they are.
+        experts: Experts (groups) to keep in each merged layer, on average; give this or ``ratio``.
         ratio: Share of the experts to keep, in (0, 1].
         grouping: ``adaptive`` gives more groups to layers that use many experts; ``uniform`` gives all
             layers the same; ``sensitivity`` more to layers that are hurt more; ``random`` is uniform with
@@ -64,8 +62,7 @@ def plan_m_smoe(
         alignment: How the neurons of a group's members are matched before they are added: by ``weights``, by
             ``activations`` on sampled tokens (which ``apply_plan`` then needs), or ``none``: not at all. For
             ``similarity="weights"`` experts are matched by weights, unless ``none``.
-        reference: Whose neuron order they take: the ``dominant`` expert's of their group, or the ``first``
-            of the layer's.
+        reference: Whose neuron order they take: of the group's ``dominant`` expert or the layer's ``first``.
         router: ``redirect``, ``slice``, ``mean`` or ``logsumexp``; see ``ROUTERS``.
         form: ``moekit``, or ``stock`` for a checkpoint of the family's own class, which needs one number of
             experts in every layer and ``slice`` or ``mean``.
@@ -82,8 +79,7 @@ def plan_m_smoe(
         A plan that fits the model.
 
     Raises:
-        ValueError: Options out of range or at odds with each other or with a layer's router; says what, got,
-            allowed and the fix.
+        ValueError: Options out of range or at odds with each other or with a layer's router.
 
     Reference: Li et al., "Merge, Then Compress" (MC-SMoE, ICLR 2024), section 3.1 and algorithm 1,
     arXiv:2310.01334.

@@ -345,7 +345,8 @@ class CompressionPlan:
     def summary(self) -> str:
         """A table for people: every layer with its groups, the core of each first."""
         rows = [
-            (layer.name, f"{layer.num_experts} -> {layer.num_kept}", _groups(layer)) for layer in self.layers
+            (layer.name, f"{layer.num_experts} -> {layer.num_kept}", _groups(layer, self.router))
+            for layer in self.layers
         ]
         before = sum(layer.num_experts for layer in self.layers)
         widths = [max(len(row[column]) for row in (_HEADER, *rows)) for column in (0, 1)]
@@ -373,7 +374,7 @@ _HEADER = ("layer", "experts", "groups")
 _SHOWN = 72
 
 
-def _groups(layer: LayerPlan) -> str:
+def _groups(layer: LayerPlan, router: str) -> str:
     if layer.is_identity:
         return "as it is"
     shown = "  ".join(
@@ -381,4 +382,5 @@ def _groups(layer: LayerPlan) -> str:
         for group in layer.groups
     )
     shown = shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3].rstrip() + "..."
-    return f"{shown}  ({len(layer.removed)} removed)" if layer.removed else shown
+    fate = "constant" if router == "constant" else "removed"
+    return f"{shown}  ({len(layer.removed)} {fate})" if layer.removed else shown

@@ -211,6 +211,18 @@ def _gains(run: Run) -> GainMap | None:
     return gain_map(run.reached, before=run.before, floor=floor, risk=risk)
 
 
+def _descent(run: Run) -> dict[str, Any] | None:
+    """Every cut and, with it, the gain map that the report draws."""
+    gains = _gains(run)
+    if run.reached is None or gains is None:
+        return None
+    trail = asdict(run.reached.trail)
+    told_elsewhere = ("merging", "healing")
+    return {key: value for key, value in trail.items() if key not in told_elsewhere} | {
+        "gain_map": asdict(gains)
+    }
+
+
 def _settings(run: Run) -> dict[str, str]:
     tokens = max((layer.num_tokens for layer in run.statistics.layers.values()), default=0)
     facts = {"data": run.data, "calibration tokens": f"{tokens:,}"}
@@ -258,7 +270,7 @@ def write_run_file(run: Run, folder: Path) -> None:
             "one_shot": None if run.one_shot is None else run.one_shot.to_dict(),
         },
         "healing": None if run.healing is None else {**run.healing.to_dict(), "history": run.healing.history},
-        "descent": None if run.reached is None else asdict(run.reached.trail),
+        "descent": _descent(run),
         "warnings": list(run.warnings),
     }
     text = json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False)

@@ -61,6 +61,10 @@ def test_it_ends_above_the_floor_and_says_why(finished):
     assert all(cut["quality"] >= 0.5 for cut in kept)
     assert all(cut["risk"] <= 0.3 for cut in found["cuts"])
     assert found["stop"]
+    gains = found["gain_map"]
+    assert gains["experts"] == [8, 7, 6, 5, 4, 3, 2]
+    assert [step["quality"] for step in gains["steps"]] == [cut["quality"] for cut in found["cuts"]]
+    assert all("below the floor with" in step["reason"] for step in gains["steps"])
     layers = expert_layers(load_model(str(finished)))
     assert {layer.num_experts for layer in layers} == {kept[-1]["experts"]}
     page = (finished / "report.html").read_text(encoding="utf-8")

@@ -29,19 +29,26 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
     """
     even, said = even_statistics(layers), planner_options(options)
     said.pop("similarity", None)  # all of a layer's weights, for "weights": too much for a trial
-    if options.grouping == "sensitivity":
-        said["grouping"] = "uniform"  # what each layer can stand is not known yet
+    groups = max(layer.router_constraints.num_groups for layer in layers)
+    is_adaptive = options.grouping == "adaptive" and groups > 1
+    if options.grouping == "sensitivity" or is_adaptive:
+        said["grouping"] = "uniform"  # how many stay in each layer is not known yet
     if options.method == "mone":
-        METHODS["frequency"](layers, even, router="constant", **said)
-        return
-    if options.method not in NEEDS_SAMPLES:
+        plan = METHODS["frequency"](layers, even, router="constant", **said)
+    elif options.method not in NEEDS_SAMPLES:
         # The weights that scores without data read may not be there yet; any score asks the routers the same.
         method = "frequency" if options.method in NEEDS_NO_DATA else options.method
-        METHODS[method](layers, even, **said)
-        return
-    # Without tokens to compare experts on, a merge of the same size behind the same router.
-    router = said.get("router", "slice" if options.method == "ream" else "redirect")
-    plan_m_smoe(layers, even, grouping="uniform", router=router, form=options.form, **budget_options(options))
+        plan = METHODS[method](layers, even, **said)
+    else:  # without tokens to compare experts on, a merge of the same size behind the same router
+        router = said.get("router", "slice" if options.method == "ream" else "redirect")
+        said = {"grouping": "uniform", "router": router, "form": options.form, **budget_options(options)}
+        plan = plan_m_smoe(layers, even, **said)
+    if is_adaptive and plan.router in ("slice", "mean"):
+        raise ValueError(
+            "--grouping adaptive counts experts one by one, but the routers choose among up to "
+            f"{groups} groups of one size, and --router {plan.router} "
+            "keeps them: take --grouping uniform or sensitivity, or --router redirect"
+        )
 
 
 def needs_samples(job: Job) -> bool:

@@ -117,16 +117,9 @@ def plan_m_smoe(
         return grouped_layer(layer, group_of_E, cores, shares_E, first_is_reference=first)
 
     planned = plan_each(layers, budget, group)
-    settings = {
-        "grouping": grouping,
-        "similarity": similarity,
-        "weighting": weighting,
-        "reference": reference,
-        "protected": told(protected),
-        "capacity": capacity,
-        "ties": ties,
-        "seed": seed,
-    }
+    how = {"similarity": similarity, "weighting": weighting, "reference": reference}
+    limits = {"protected": told(protected), "capacity": capacity, "ties": ties, "seed": seed}
+    settings = {"grouping": grouping, **how, **limits}
     return finished_plan(
         layers, planned, budget, settings, method="m-smoe", form=form, router=router, alignment=alignment
     )

@@ -197,9 +197,10 @@ def compress(
 
         counts = sensitivity_counts(layers, experts=experts)
         options["sensitivities"] = layer_sensitivities(
-            model, layers, blocks, counts, alone, batch_size=8, samples=samples
+            model, layers, blocks, counts, alone, batch_size=8, statistics=statistics, samples=samples
         )
-    apply_plan(model, planner(layers, statistics, **options, **given), samples=samples)
+    plan = planner(layers, statistics, **options, **given)
+    apply_plan(model, plan, statistics=statistics, samples=samples)
     return model
 
 

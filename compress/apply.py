@@ -15,10 +15,10 @@ from ..moe.discovery import expert_layers
 from ..moe.layer import ExpertLayer
 from ..moe.router import mix_router_rows
 from ..moe.samples import InputSamples
+from ..moe.statistics import LayerStatistics, RoutingStatistics
 from ..moe.weights import ExpertWeights
 from .activation_matching import check_samples, match_activations
 from .alignment import Alignment, align_expert, permute_expert
-from .expert_outputs import routed_outputs, sampled_inputs
 from .layer_plan import ExpertGroup, LayerPlan
 from .low_rank.factorise import factorise_layer
 from .merging import merge_experts
@@ -32,6 +32,7 @@ def apply_plan(
     model: PreTrainedModel,
     plan: CompressionPlan,
     *,
+    statistics: RoutingStatistics | None = None,
     samples: InputSamples | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -43,8 +44,10 @@ def apply_plan(
     Args:
         model: The model that the plan was made for.
         plan: What to do; may have been edited.
+        statistics: Routing of calibration data; needed, and read, for constant experts, which say the mean
+            of what they said to all of it.
         samples: What the experts read, by ``record_inputs``; needed, and read, for the alignments
-            ``activations`` and ``both`` and for constant experts; low-rank experts are better with them.
+            ``activations`` and ``both``; low-rank experts are better with them.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -54,8 +57,8 @@ def apply_plan(
         ``error_up`` and ``error_down``.
 
     Raises:
-        ValueError: The plan or the samples do not fit the model, samples are missing, or the weights of a
-            layer hold NaN or infinity.
+        ValueError: The plan, the statistics or the samples do not fit the model or are missing, or a layer's
+            weights hold NaN or infinity.
 
     Reference: Li et al., "Merge, Then Compress" (MC-SMoE, ICLR 2024), algorithm 1, arXiv:2310.01334; the
     router modes ``slice``, ``mean`` and ``logsumexp`` are moekit's own.
@@ -64,16 +67,17 @@ def apply_plan(
     plan.validate_against(list(layers.values()))
     if plan.alignment.method in NEEDS_SAMPLES:
         check_samples(samples, layers, plan.layers)
-    if plan.router == "constant":
-        for layer_plan in plan.layers:
-            if not layer_plan.is_identity:
-                sampled_inputs(layers[layer_plan.name], samples, "constant")
+    known = {} if statistics is None else statistics.layers
     for layer_plan in plan.layers:
         if not layer_plan.is_identity:
             check_finite(layers[layer_plan.name])
+            if plan.router == "constant":
+                _check_known(layers[layer_plan.name], known.get(layer_plan.name))
     report = {}
     for layer_plan in tqdm(plan.layers, desc="merging", unit="layer", disable=not progress):
-        report[layer_plan.name] = apply_layer(layers[layer_plan.name], layer_plan, plan, samples)
+        report[layer_plan.name] = apply_layer(
+            layers[layer_plan.name], layer_plan, plan, known=known.get(layer_plan.name), samples=samples
+        )
     if plan.form == "stock":
         # Uniform, as the plan has made sure.
         update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)
@@ -82,7 +86,12 @@ def apply_plan(
 
 @torch.no_grad()
 def apply_layer(
-    layer: ExpertLayer, layer_plan: LayerPlan, plan: CompressionPlan, samples: InputSamples | None
+    layer: ExpertLayer,
+    layer_plan: LayerPlan,
+    plan: CompressionPlan,
+    *,
+    known: LayerStatistics | None,
+    samples: InputSamples | None,
 ) -> dict[str, Any]:
     """Merge and remove experts of one layer, unchecked; see `apply_plan` and `check_finite`.
 
@@ -90,12 +99,14 @@ def apply_layer(
         layer: The layer.
         layer_plan: What becomes of it.
         plan: The plan that it is of, for alignment and router.
+        known: Its statistics, for constant experts.
         samples: See `apply_plan`.
     """
     distances: list[tuple[float, float]] = []
     constants_CD = None
     if plan.router == "constant" and not layer_plan.is_identity:
-        constants_CD = routed_outputs(layer, samples, "constant").mean[layer_plan.removed]
+        assert known is not None
+        constants_CD = known.mean_output[layer_plan.removed]
         keep_weights(layer, layer_plan.cores)
     elif not layer_plan.is_identity:
         experts = layer.experts()
@@ -174,6 +185,20 @@ def _distance(expert: ExpertWeights, reference: ExpertWeights) -> float:
     apart = sum((mine - theirs).square().sum() for mine, theirs in pairs)
     size = sum(theirs.square().sum() for _, theirs in pairs)
     return float((torch.as_tensor(apart) / torch.as_tensor(size).clamp_min(1e-30)).sqrt())
+
+
+def _check_known(layer: ExpertLayer, known: LayerStatistics | None) -> None:
+    """Refuse to make constants of what was never seen."""
+    if known is None:
+        raise ValueError(
+            f"constant experts need what the experts of layer {layer.name!r} said: run calibration text "
+            "inside `with record_routing(model) as statistics` and pass statistics=statistics"
+        )
+    if (known.num_experts, known.hidden_size) != (layer.num_experts, layer.hidden_size):
+        raise ValueError(
+            f"the statistics are of another model: {known.num_experts} experts of width {known.hidden_size} "
+            f"in layer {layer.name!r}, which has {layer.num_experts} of width {layer.hidden_size}"
+        )
 
 
 def _unit_sum(weights: tuple[float, ...]) -> list[float]:

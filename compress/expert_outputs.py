@@ -3,7 +3,6 @@
 # T tokens, t tokens of a chunk, E experts, D hidden width, F FFN width
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -50,40 +49,6 @@ def mean_outputs(layer: ExpertLayer, inputs_TD: Float[Tensor, "T D"]) -> Float[T
         mean_F = hidden_TF.double().mean(0).to(torch.promote_types(expert.down.dtype, torch.float32))
         means.append(nn.functional.linear(mean_F, expert.down.to(mean_F), _to(expert.down_bias, mean_F)))
     return torch.stack(means).double().cpu()
-
-
-class RoutedOutputs(NamedTuple):
-    """What the experts of a layer said to the sampled tokens that chose them."""
-
-    mean: Float[Tensor, "E D"]
-    """0 for an expert that none chose."""
-    deviation: Float[Tensor, " E"]
-    """``sqrt(sum_x |f(x) - mean|^2 / (n - 1))``; 0 for fewer than two tokens."""
-
-
-@torch.no_grad()
-def routed_outputs(layer: ExpertLayer, samples: InputSamples | None, method: str) -> RoutedOutputs:
-    """Mean and deviation of each expert's ungated outputs; float64 on the CPU.
-
-    Args:
-        layer: Not merged.
-        samples: By `record_inputs`.
-        method: That needs them, for messages.
-
-    Raises:
-        ValueError: See `sampled_inputs`.
-    """
-    sampled_inputs(layer, samples, method)
-    assert samples is not None
-    sample, means, deviations = samples.layers[layer.name], [], []
-    for number, expert in enumerate(layer.experts()):
-        rows_tD = sample.routed_to(number).to(expert.up)
-        hidden_tF = neuron_activations(layer, expert, rows_tD)
-        said_tD = nn.functional.linear(hidden_tF, expert.down, expert.down_bias).double()
-        mean_D = said_tD.sum(0) / max(1, len(said_tD))
-        means.append(mean_D)
-        deviations.append(((said_tD - mean_D).square().sum() / max(1, len(said_tD) - 1)).sqrt())
-    return RoutedOutputs(torch.stack(means).cpu(), torch.stack(deviations).cpu())
 
 
 @torch.no_grad()

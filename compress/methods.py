@@ -26,7 +26,7 @@ METHODS: dict[str, Planner] = {
     "mone": plan_mone,
     **{score: partial(plan_pruning, score=score) for score in SCORES},
 }
-NEEDS_SAMPLES = frozenset({"hc-smoe", "ream", "mone"})
+NEEDS_SAMPLES = frozenset({"hc-smoe", "ream"})
 """Methods whose planners also need ``samples=``, what the experts read, by ``record_inputs``."""
 SEQUENTIAL = frozenset({"ream"})
 """Methods that plan each layer behind those that are merged already, unless told otherwise."""

@@ -8,9 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..moe.layer import ExpertLayer
-from ..moe.samples import InputSamples
 from ..moe.statistics import LayerStatistics, RoutingStatistics
-from .expert_outputs import routed_outputs
 from .plan import CompressionPlan
 from .prune import plan_by_score
 from .scores.frequency import frequency
@@ -20,7 +18,6 @@ def plan_mone(
     layers: Sequence[ExpertLayer],
     statistics: RoutingStatistics,
     *,
-    samples: InputSamples | None = None,
     grouping: str = "uniform",
     form: str = "moekit",
     protect: bool = True,
@@ -29,13 +26,13 @@ def plan_mone(
 ) -> CompressionPlan:
     """Plan to keep the experts of the largest ``frequency x deviation`` and to replace the others.
 
-    The deviation of an expert is ``sqrt(sum_x |f(x) - mean f|^2 / (n - 1))`` over the n sampled tokens that
-    chose it; what takes its place is their mean, which `apply_plan` finds. The router stays as it is.
+    The deviation of an expert is ``sqrt(sum_x |f(x) - mean f|^2 / (n - 1))`` over the n tokens that chose it,
+    which the paper calls the output variance; what takes its place is their mean, which `apply_plan` finds.
+    The router stays as it is.
 
     Args:
         layers: ``expert_layers(model)``.
         statistics: Routing of calibration data.
-        samples: What the experts read of it, by `record_inputs`.
         grouping: How many experts each layer keeps, one of ``SHARES``.
         form: Only ``moekit`` holds constants.
         protect: Whether super experts are kept, whatever their score.
@@ -43,16 +40,14 @@ def plan_mone(
         **budget: ``experts`` or ``ratio``, ``exclude_layers`` and what else ``share_experts`` takes.
 
     Raises:
-        ValueError: Samples are missing, or numbers or options out of range.
+        ValueError: Numbers or options out of range.
 
     Reference: Zhang et al., "MoNE: Replacing Redundant Experts with Lightweight Novices", arXiv:2507.00390.
-
-    *Departs from the paper*: mean and deviation are of a sample of the calibration tokens, not of all.
     """
 
     def score(layer: ExpertLayer, known: LayerStatistics | None) -> Tensor:
         assert known is not None  # `statistics` are not
-        return frequency(layer, known, seed=seed) * routed_outputs(layer, samples, "mone").deviation
+        return frequency(layer, known, seed=seed) * known.output_deviation
 
     return plan_by_score(
         layers,

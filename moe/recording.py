@@ -71,12 +71,15 @@ class _LayerRecorder:
         outputs_SD = _at_least_float(outputs_SD)
         norms_S = torch.linalg.vector_norm(outputs_SD, dim=-1).double()
         weights_S = weights_S.double()
-        scalars_4S = torch.stack([torch.ones_like(norms_S), weights_S, norms_S, norms_S * weights_S])
-        scalars_4E = scalars_4S.new_zeros(4, num_experts + 1).index_add_(1, bins_S, scalars_4S)[:, :-1]
-        sums.counts += scalars_4E[0].long()
-        sums.routing_weight_sums += scalars_4E[1]
-        sums.output_norm_sums += scalars_4E[2]
-        sums.gated_output_norm_sums += scalars_4E[3]
+        scalars_5S = torch.stack(
+            [torch.ones_like(norms_S), weights_S, norms_S, norms_S * weights_S, norms_S.square()]
+        )
+        scalars_5E = scalars_5S.new_zeros(5, num_experts + 1).index_add_(1, bins_S, scalars_5S)[:, :-1]
+        sums.counts += scalars_5E[0].long()
+        sums.routing_weight_sums += scalars_5E[1]
+        sums.output_norm_sums += scalars_5E[2]
+        sums.gated_output_norm_sums += scalars_5E[3]
+        sums.output_square_sums += scalars_5E[4]
         summed_ED = outputs_SD.new_zeros(num_experts + 1, outputs_SD.shape[1])
         sums.output_sums += summed_ED.index_add_(0, bins_S, outputs_SD)[:-1]
         highest_E = norms_S.new_zeros(num_experts + 1).scatter_reduce_(0, bins_S, norms_S, "amax")

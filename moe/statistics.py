@@ -43,6 +43,8 @@ class LayerStatistics:
     """Sum of ||f_e(x)|| over the expert's tokens."""
     gated_output_norm_sums: Float64[Tensor, "E"]
     """Sum of w_e ||f_e(x)|| over the expert's tokens, where w_e is the routing weight."""
+    output_square_sums: Float64[Tensor, "E"]
+    """Sum of ||f_e(x)||^2 over the expert's tokens."""
     output_sums: Float64[Tensor, "E D"]
     """Sum of f_e(x) over the expert's tokens."""
     max_output_norm: Float64[Tensor, "E"]
@@ -119,6 +121,15 @@ class LayerStatistics:
         return self.output_sums / self.counts.clamp(min=1)[:, None]
 
     @property
+    def output_deviation(self) -> Float64[Tensor, "E"]:
+        """``sqrt(sum_x ||f_e(x) - mean||^2 / (n - 1))`` over the n tokens that selected the expert.
+
+        0 for fewer than two of them.
+        """
+        apart_E = self.output_square_sums - self.counts * self.mean_output.square().sum(-1)
+        return (apart_E.clamp(min=0) / (self.counts - 1).clamp(min=1)).sqrt()
+
+    @property
     def logit_cosine(self) -> Float64[Tensor, "E E"]:
         """Cosine in [-1, 1] between the experts' router logits, each a vector over all tokens.
 
@@ -185,36 +196,6 @@ class RoutingStatistics:
     def coverage(self, min_tokens: int) -> dict[str, list[int]]:
         """Returns for each layer the experts that fewer than ``min_tokens`` tokens selected."""
         return {name: layer.too_few(min_tokens) for name, layer in self.layers.items()}
-
-    def super_experts(self, quantile: float = 0.995, share_of_max: float = 0.1) -> dict[str, list[int]]:
-        """Finds the few experts whose outputs dwarf all others; to prune or merge them ruins a model.
-
-        An expert is one when its largest output exceeds both the ``quantile`` over all experts of the model
-        and ``share_of_max`` of the largest output of any expert.
-
-        Args:
-            quantile: In [0, 1].
-            share_of_max: In [0, 1].
-
-        Returns:
-            The experts by layer name; layers that have none are left out.
-
-        Reference: Su et al., Unveiling Super Experts in Mixture-of-Experts Large Language Models (ICLR 2026),
-        section 3, arXiv:2507.23279.
-
-        *Departs from the paper*: the size of an output is its norm over D, not its largest entry, and layers
-        are not filtered by the massive activations that they cause. In a model of at most 200 experts the
-        largest one alone lies above the 99.5th percentile, whether it is an outlier or not.
-        """
-        if not self.layers:
-            return {}
-        norms = torch.cat([layer.max_output_norm for layer in self.layers.values()])
-        threshold = max(float(torch.quantile(norms, quantile)), share_of_max * float(norms.max()))
-        found = {
-            name: torch.nonzero(layer.max_output_norm > threshold).flatten().tolist()
-            for name, layer in self.layers.items()
-        }
-        return {name: experts for name, experts in found.items() if experts}
 
     def all_reduce(
         self, process_group: dist.ProcessGroup | None = None, device: torch.device | None = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 FILE_NAME = "routing_statistics.safetensors"
 FORMAT = "moekit.routing_statistics"
-VERSION = 1
+VERSION = 2
 
 SCALARS = ("num_tokens", "top_k", "router_entropy_sum")
 TENSORS: dict[str, tuple[torch.dtype, str]] = {
@@ -28,10 +28,11 @@ TENSORS: dict[str, tuple[torch.dtype, str]] = {
     "coactivation": (torch.int64, "E E"),
     "output_norm_sums": (torch.float64, "E"),
     "gated_output_norm_sums": (torch.float64, "E"),
+    "output_square_sums": (torch.float64, "E"),
     "output_sums": (torch.float64, "E D"),
     "max_output_norm": (torch.float64, "E"),
 }
-NON_NEGATIVE = {"counts", "coactivation", "output_norm_sums", "max_output_norm"}
+NON_NEGATIVE = {"counts", "coactivation", "output_norm_sums", "output_square_sums", "max_output_norm"}
 
 
 def write_records(

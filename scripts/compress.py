@@ -22,7 +22,6 @@ from ..moe.statistics_file import FILE_NAME
 from .calibrate import Calibration, calibrate
 from .checkpoint_files import tensor_bytes
 from .collapse_store import add_run
-from .compress_presets import with_preset
 from .console import is_interactive, show, step, warn
 from .descent import Reached
 from .heal import heal
@@ -82,8 +81,8 @@ def run(options: CompressOptions, *, replace: bool = False) -> Path | None:
         ValueError: Something that was asked for cannot be, in almost all cases before any work.
         DiskFullError: There is no room for the result.
     """
-    options = with_preset(options)
     job = prepare(options, replace=replace)
+    options = job.options
     torch.manual_seed(options.seed)
     if options.plan_only:
         _only_plan(job)
@@ -207,6 +206,7 @@ def _make(job: Job, model: PreTrainedModel, layers: list[ExpertLayer], staging: 
             healing=reached.trail.healing,
             reached=reached,
         )
+    one_shot = None
     if is_sequential(options):
         plan, statistics, merging = plan_in_sequence(job, model, layers)
         after = footprint(model, layers)
@@ -220,16 +220,39 @@ def _make(job: Job, model: PreTrainedModel, layers: list[ExpertLayer], staging: 
         after = predict_footprint(model, plan)
         staging.reserve(after.total_bytes)
         step(f"From {sum(p.num_experts for p in plan.layers)} experts to {plan.actual_experts}")
-        merging = apply_plan(
-            model, _with_all_rows(job, plan), samples=calibration.samples, progress=is_interactive()
-        )
+        if options.prune_rows and options.report and is_main:
+            one_shot = _one_shot(job, model, plan, calibration)
+        merging = _apply(model, _with_all_rows(job, plan), calibration)
         del calibration
     made = _Made(model=model, plan=plan, statistics=statistics, after=after, merging=merging)
     if options.heal != "none":
-        made.one_shot = _measure(job, model) if options.report and is_main else None
+        if one_shot is None and options.report and is_main:
+            one_shot = _measure(job, model)
+        made.one_shot = one_shot
         step(f"Healing: {options.heal}, on {job.texts.calibration.num_tokens:,} tokens")
         made.healing = heal(job, model, staging.work / "healing", sparse_rows=_rows_to_keep(job, plan))
     return made if is_main else None
+
+
+def _apply(
+    model: PreTrainedModel, plan: CompressionPlan, calibration: Calibration
+) -> dict[str, dict[str, Any]]:
+    return apply_plan(
+        model,
+        plan,
+        statistics=calibration.statistics,
+        samples=calibration.samples,
+        progress=is_interactive(),
+    )
+
+
+def _one_shot(
+    job: Job, original: PreTrainedModel, plan: CompressionPlan, calibration: Calibration
+) -> Measurements:
+    """What the plan gives without healing, where healing begins with another model."""
+    model = load_model(job.source, dtype=job.options.dtype, device=job.options.device)
+    _apply(model, plan, calibration)
+    return _measure(job, model, original)
 
 
 def _with_all_rows(job: Job, plan: CompressionPlan) -> CompressionPlan:
@@ -343,13 +366,13 @@ def _write_records(finished: Run, output: Path) -> None:
     write_model_card(finished, output)
 
 
-def _measure(job: Job, compressed: PreTrainedModel) -> Measurements:
-    """Compare with the original, loaded once more."""
+def _measure(job: Job, compressed: PreTrainedModel, original: PreTrainedModel | None = None) -> Measurements:
+    """Compare with the original, loaded once more unless it is given."""
     blocks: TokenBlocks = job.texts.held_out
     step(f"Comparing with the original on {blocks.num_tokens:,} held-out tokens")
     options = job.options
     return measure(
-        load_model(job.source, dtype=options.dtype, device=options.device),
+        original or load_model(job.source, dtype=options.dtype, device=options.device),
         compressed,
         job.tokenizer,
         blocks,

@@ -90,6 +90,8 @@ def _training(job: Job, folder: Path) -> TrainingJob:
     """The healing as a training of `moekit distill` would be."""
     options, blocks = job.options, job.texts.calibration
     steps = options.heal_steps or -(-len(blocks) // (options.batch_size * job.processes.count))
+    # A warm-up begins with a step of rate 0, which of so few would be its only one.
+    few: dict[str, Any] = {"warmup": 0.0} if steps * DistillOptions.warmup < 1 else {}
     given = DistillOptions(
         model=options.model,
         teacher=options.model,
@@ -98,6 +100,7 @@ def _training(job: Job, folder: Path) -> TrainingJob:
         steps=steps,
         batch_size=options.batch_size,
         learning_rate=options.heal_learning_rate,
+        **few,
         save_steps=max(1, -(-steps // SAVES)),
         logging_steps=max(1, steps // SAVES),
         seed=options.seed,

@@ -97,14 +97,14 @@ class CompressOptions(CommonOptions):
     """Make and show the plan, and stop."""
     preset: Literal["none", "best"] = "none"
     """best: what had the lowest KL in our benchmarks, --method ean with --grouping sensitivity, and --heal
-    router; other values that are given stand."""
-    method: Method = "m-smoe"
-    """m-smoe, hc-smoe and ream merge groups of experts; the others keep the experts of the highest score and
-    drop the rest; mone puts their mean outputs in their place. aimer and random need no data. See
-    docs/compress.md."""
+    router with --heal-learning-rate 3e-4, wherever these are left on auto."""
+    method: Literal["auto"] | Method = "auto"
+    """auto: the preset's, or m-smoe. m-smoe, hc-smoe and ream merge groups of experts; the others keep the
+    experts of the highest score and drop the rest; mone puts their mean outputs in their place. aimer and
+    random need no data. See docs/compress.md."""
     grouping: Literal["auto", "adaptive", "uniform", "sensitivity", "random"] = "auto"
-    """How many experts each layer keeps. auto: adaptive for m-smoe in the moekit form, else uniform.
-    sensitivity: more where cutting a layer alone is seen to hurt more."""
+    """How many experts each layer keeps. auto: the preset's, or adaptive for m-smoe in the moekit form, else
+    uniform. sensitivity: more where cutting a layer alone is seen to hurt more."""
     layer_experts: Integers = ()
     """Experts to keep in each MoE layer, one number each, instead of --experts."""
     until_collapse_risk: OptionalNumber = None
@@ -140,9 +140,9 @@ class CompressOptions(CommonOptions):
     prune_rows: bool = False
     """With --heal kd: begin with all rows, and let the least important ones go while healing, down to
     --sparse-rows (LoSparse)."""
-    heal: Literal["none", "router", "kd"] = "none"
-    """Let the result learn from the original on the calibration text. router: its routers alone, by KL
-    (cheap). kd: all weights, by the text and 0.2 KL at temperature 2."""
+    heal: Literal["auto", "none", "router", "kd"] = "auto"
+    """Let the result learn from the original on the calibration text. auto: the preset's, or none. router:
+    its routers alone, by KL (cheap). kd: all weights, by the text and 0.2 KL at temperature 2."""
     heal_steps: OptionalInt = None
     """Optimizer steps of that, of --batch-size sequences in each process; one pass through the text unless
     said otherwise."""

@@ -33,9 +33,7 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
     is_adaptive = options.grouping == "adaptive" and groups > 1
     if options.grouping == "sensitivity" or is_adaptive:
         said["grouping"] = "uniform"  # how many stay in each layer is not known yet
-    if options.method == "mone":
-        plan = METHODS["frequency"](layers, even, router="constant", **said)
-    elif options.method not in NEEDS_SAMPLES:
+    if options.method not in NEEDS_SAMPLES:
         # The weights that scores without data read may not be there yet; any score asks the routers the same.
         method = "frequency" if options.method in NEEDS_NO_DATA else options.method
         plan = METHODS[method](layers, even, **said)
@@ -54,14 +52,10 @@ def try_planner(options: CompressOptions, layers: list[ExpertLayer]) -> None:
 def needs_samples(job: Job) -> bool:
     """Whether planner or alignment read what the experts read."""
     if job.plan is not None:
-        return (
-            job.plan.alignment.method in ALIGNS_BY_SAMPLES
-            or job.plan.low_rank is not None
-            or job.plan.router == "constant"
-        )
+        return job.plan.alignment.method in ALIGNS_BY_SAMPLES or job.plan.low_rank is not None
     options = job.options
     by_method = options.method in NEEDS_SAMPLES or options.alignment in ALIGNS_BY_SAMPLES
-    return by_method or options.rank is not None or options.router == "constant"
+    return by_method or options.rank is not None
 
 
 def make_plan(
@@ -101,6 +95,7 @@ def _sensitivities(
         sensitivity_counts(layers, **options),
         plan_layers,
         batch_size=job.options.batch_size,
+        statistics=calibration.statistics,
         samples=calibration.samples,
         progress=is_interactive(),
     )

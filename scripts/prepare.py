@@ -25,6 +25,7 @@ from .calibrate import (
     read_texts,
     sequence_length,
 )
+from .compress_presets import with_preset
 from .descent_checks import check_descent, check_descent_layers
 from .healing import check_healing, check_row_pruning
 from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
@@ -75,6 +76,8 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
         options: What the user asked for.
         replace: The output folder may hold something.
     """
+    _check_settled(options)
+    options = with_preset(options)
     _check_options(options, replace=replace)
     source = open_source(options.model)
     check_healing(options, is_encoder_decoder=source.config.is_encoder_decoder)
@@ -205,20 +208,23 @@ def check_machine(device: str | None, seed: int) -> None:
 
 
 def _check_planned(options: CompressOptions) -> None:
-    """Refuse what contradicts a given plan, or the form of checkpoint."""
-    if options.plan is not None:
-        defaults = {field.name: field.default for field in fields(options)}
-        said = [name for name in PLANNED if getattr(options, name) != defaults[name]]
-        if said:
-            flags = ", ".join("--" + name.replace("_", "-") for name in said)
-            raise ValueError(f"--plan has settled {flags}; leave that out, or edit the plan")
-    elif is_sequential(options):
+    """Refuse what contradicts the form of checkpoint, or the order of the layers."""
+    if options.plan is None and is_sequential(options):
         check_sequential(options.grouping, options.exclude_layers, options.layer_experts)
     elif options.form == "stock" and options.exclude_layers:
         raise ValueError(
             "--form stock has one number of experts for all layers, so --exclude-layers cannot be; leave it "
             "out, or take --form moekit"
         )
+
+
+def _check_settled(options: CompressOptions) -> None:
+    """Refuse what a plan has settled."""
+    defaults = {field.name: field.default for field in fields(options)}
+    said = [name for name in PLANNED if getattr(options, name) != defaults[name]]
+    if options.plan is not None and said:
+        flags = ", ".join("--" + name.replace("_", "-") for name in said)
+        raise ValueError(f"--plan has settled {flags}; leave that out, or edit the plan")
 
 
 def _check_grouping(options: CompressOptions, *, is_encoder_decoder: bool) -> None:

@@ -19,6 +19,7 @@ from ..moe.evaluating import evaluating
 from ..moe.language_head import hidden_states, logit_scale
 from ..moe.layer import ExpertLayer
 from ..moe.samples import InputSamples
+from ..moe.statistics import RoutingStatistics
 
 MAX_TOKENS = 4096
 """Of the calibration text that every cut is judged on."""
@@ -34,6 +35,7 @@ def layer_sensitivities(
     plan_layers: Callable[[list[ExpertLayer], int], CompressionPlan],
     *,
     batch_size: int,
+    statistics: RoutingStatistics | None = None,
     samples: InputSamples | None = None,
     progress: bool = False,
 ) -> list[dict[int, float]]:
@@ -49,6 +51,7 @@ def layer_sensitivities(
         counts: Numbers of experts to compress each layer to, by ``sensitivity_counts``.
         plan_layers: Plans a list of layers that keep so many experts.
         batch_size: Blocks at a time.
+        statistics: For constant experts, as ``apply_plan`` takes it.
         samples: For alignments that need them.
         progress: Show a progress bar.
 
@@ -75,7 +78,8 @@ def layer_sensitivities(
             try:
                 stand_in = next(other for other in expert_layers(model) if other.name == layer.name)
                 plan = plan_layers([stand_in], kept)
-                apply_layer(stand_in, plan.layers[0], plan, samples)
+                known = statistics and statistics.layers.get(layer.name)
+                apply_layer(stand_in, plan.layers[0], plan, known=known, samples=samples)
                 after_TD = _hidden(model, head, part, batch_size)
             finally:
                 model.set_submodule(layer.name, layer.block)

@@ -77,7 +77,9 @@ def compress_in_sequence(
         statistics.layers |= known.layers
         check_finite(layer)
         plans.append(plan_layers([layer], known, samples))
-        report[layer.name] = apply_layer(layer, plans[-1].layers[0], plans[-1], samples)
+        report[layer.name] = apply_layer(
+            layer, plans[-1].layers[0], plans[-1], known=known.layers[layer.name], samples=samples
+        )
     plan = joined_plan(plans, identity)
     if plan.form == "stock":
         update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)

@@ -180,7 +180,9 @@ class _Walk:
         method = self.job.options.method
         given = {"samples": samples} if method in NEEDS_SAMPLES else {}
         plan = with_low_rank(METHODS[method]([layer], known, **self.said, **given), self.job.options)
-        self.merging[layer.name] = apply_layer(layer, plan.layers[0], plan, samples)
+        self.merging[layer.name] = apply_layer(
+            layer, plan.layers[0], plan, known=known.layers.get(layer.name), samples=samples
+        )
         self.plans.append(plan)
 
     def _reshape(self, layer: Any) -> None:

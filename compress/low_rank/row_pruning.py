@@ -39,10 +39,11 @@ class RowPruning:
 
 
 class RowPruner(TrainerCallback):
-    """Zeroes the least important rows of S after each step; what goes may come back until the end.
+    """Zeroes the least important rows of S after each step.
 
     Importance of a row: mean over its entries of ``|s dL/ds|``, smoothed by 0.85. In every matrix the share
-    of the schedule stays, exactly: ``round(share x rows)``. `finish` drops the rest for good.
+    of the schedule stays, exactly: ``round(share x rows)``. A row of zeros has importance 0, so what went
+    seldom comes back. `finish` drops the rest for good.
 
     Args:
         model: With low-rank maps whose S still has all rows that may stay.

@@ -35,8 +35,16 @@ def test_a_largest_output_that_is_no_outlier_is_not():
     assert super_experts(table([1.0, 2.0, 3.0, 20.0], [1.0, 1.0, 1.0, 1.0])) == {}
 
 
-def test_an_outlier_in_its_layer_that_others_exceed_is_not():
-    assert super_experts(table([1.0, 1.0, 1.0, 50.0], [400.0, 300.0, 400.0, 510.0])) == {}
+def test_each_layer_is_judged_by_itself():
+    """So that the answer is the same where layers are read one at a time."""
+    layers = [1.0, 1.0, 1.0, 50.0], [400.0, 300.0, 400.0, 510.0], [2.0, 90.0, 3.0, 2.0]
+    assert super_experts(table(*layers)) == {"0": [3], "2": [1]}
+    assert super_experts(table(layers[2])) == {"0": [1]}
+
+
+def test_beside_a_much_larger_one_it_is_not():
+    norms = [1.0] * 14 + [20.0, 300.0]
+    assert super_experts(table(norms)) == {"0": [15]}
 
 
 def test_experts_that_no_token_chose_do_not_make_others_outliers():

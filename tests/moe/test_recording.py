@@ -108,6 +108,7 @@ def slow_layer(layer, seen: dict, mask: list[int]) -> dict:
             sums["routing_weight_sums"][expert] += weight
             sums["output_norm_sums"][expert] += norm
             sums["gated_output_norm_sums"][expert] += weight * norm
+            sums["output_square_sums"][expert] += norm**2
             sums["output_sums"][expert] += out
             sums["max_output_norm"][expert] = max(float(sums["max_output_norm"][expert]), norm)
     return sums
@@ -352,7 +353,7 @@ def test_nothing_per_token_is_kept() -> None:
         shapes = {field: tuple(t.shape) for field, t in layer.tensors.items()}
         assert shapes == {field: tuple(t.shape) for field, t in small.layers[name].tensors.items()}
         assert {n for n, v in vars(layer).items() if isinstance(v, Tensor)} == set(shapes)
-        assert sum(t.numel() for t in layer.tensors.values()) == 5 * 8 + 2 * 8 * 8 + 8 * 32
+        assert sum(t.numel() for t in layer.tensors.values()) == 6 * 8 + 2 * 8 * 8 + 8 * 32
 
 
 def test_recording_twice_at_once_is_refused_and_the_first_goes_on() -> None:

@@ -17,6 +17,7 @@ SUMS = (
     "logit_gram",
     "coactivation",
     "output_norm_sums",
+    "output_square_sums",
     "gated_output_norm_sums",
 )
 
@@ -36,6 +37,7 @@ def record_by_loop(logits_TE, outputs_TED, top_k=K):
             stats.routing_weight_sums[e] += probabilities[e]
             stats.output_norm_sums[e] += norm
             stats.gated_output_norm_sums[e] += probabilities[e] * norm
+            stats.output_square_sums[e] += norm**2
             stats.output_sums[e] += outputs_ED[e]
             stats.max_output_norm[e] = torch.maximum(stats.max_output_norm[e], norm)
             for other in chosen:
@@ -194,27 +196,16 @@ def test_a_silent_expert_is_similar_to_itself_alone():
     assert stats.logit_cosine.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
-def test_super_experts_exceed_the_percentile_and_a_tenth_of_the_largest():
-    norms = torch.ones(
-        8, 128, dtype=torch.float64
-    )  # 1024 experts: the 99.5th percentile leaves five above it
-    norms[2, 7], norms[2, 9], norms[5, 0], norms[6, 1] = 1000.0, 101.0, 99.0, 500.0
-    stats = RoutingStatistics(layers={f"layers.{i}": LayerStatistics.zeros(128, D, 1) for i in range(8)})
-    for layer, norms_E in zip(stats.layers.values(), norms, strict=True):
-        layer.max_output_norm.copy_(norms_E)
-    # 99 is above the percentile but below a tenth of 1000.
-    assert stats.super_experts() == {"layers.2": [7, 9], "layers.6": [1]}
-    # Without outliers the percentile decides: nothing exceeds it where all are equal.
-    for layer in stats.layers.values():
-        layer.max_output_norm.fill_(3.0)
-    assert stats.super_experts() == {}
-    assert RoutingStatistics().super_experts() == {}
-
-
-def test_of_many_large_outputs_the_percentile_keeps_the_largest():
-    stats = RoutingStatistics(layers={"mlp": LayerStatistics.zeros(1000, D, 1)})
-    stats.layers["mlp"].max_output_norm.copy_(torch.arange(1000) + 1000.0)
-    assert stats.super_experts() == {"mlp": [995, 996, 997, 998, 999]}
+def test_deviation_of_what_an_expert_says():
+    logits_TE, outputs_TED = random_tokens(40)
+    chosen_TE = torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(K).indices, 1.0).bool()
+    stats = record_by_loop(logits_TE, outputs_TED)
+    for expert in range(E):
+        said_TD = outputs_TED[chosen_TE[:, expert], expert]
+        expected = said_TD.var(0, correction=1).sum().sqrt() if len(said_TD) > 1 else torch.zeros(())
+        torch.testing.assert_close(stats.output_deviation[expert], expected.double())
+    one = record_by_loop(logits_TE[:1], outputs_TED[:1])
+    assert one.output_deviation.tolist() == [0.0] * E
 
 
 @pytest.mark.parametrize("target", ["", "deep/er", "mine.safetensors"])
@@ -300,7 +291,7 @@ def replace_tensor(key, convert):
         (lambda t, h: h["layers"][0].update(router_entropy_sum=float("nan")), {}, "router_entropy_sum=nan"),
         (lambda t, h: h.update(layers=None), {}, "lists no layers"),
         (lambda t, h: h.update(fingerprint={"data": 3}), {}, "not a table of strings"),
-        (lambda t, h: None, {"version": "2"}, "version is '2', this moekit reads 1"),
+        (lambda t, h: None, {"version": "1"}, "version is '1', this moekit reads 2"),
         (lambda t, h: None, {"format": "pt"}, "format is 'pt'"),
         (lambda t, h: None, {"statistics": "{"}, "Expecting property name"),
         (

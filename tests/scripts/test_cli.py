@@ -6,6 +6,7 @@ import typing
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moekit.compress.m_smoe import GROUPINGS
@@ -39,6 +40,11 @@ def test_every_command_has_a_job():
         assert callable(import_module(f"moekit.scripts.{module}").run), options
 
 
+def _literals(hint: Any) -> list[str]:
+    """Of a Literal, or of a union of them."""
+    return [word for part in typing.get_args(hint) for word in (typing.get_args(part) or [part])]
+
+
 @pytest.mark.parametrize(
     ("option", "allowed"),
     [
@@ -53,7 +59,7 @@ def test_every_command_has_a_job():
     ],
 )
 def test_choices_are_those_of_the_library(option, allowed):
-    choices = set(typing.get_args(typing.get_type_hints(CompressOptions)[option])) - {"auto"}
+    choices = set(_literals(typing.get_type_hints(CompressOptions)[option])) - {"auto"}
     assert choices == set(allowed)
 
 

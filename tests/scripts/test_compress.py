@@ -16,6 +16,7 @@ from moekit.moe import expert_layers
 from moekit.scripts import cli, staging
 from moekit.scripts.checkpoint_files import tensor_bytes
 from moekit.scripts.compress import carry_over
+from moekit.scripts.compress_presets import with_preset
 from moekit.scripts.load import load_model
 from moekit.scripts.options import CompressOptions
 from moekit.scripts.prepare import planner_options
@@ -358,9 +359,9 @@ def test_a_disk_without_room(checkpoint, data, tmp_path, capsys, monkeypatch):
 
 
 def test_what_the_user_leaves_open_follows_the_form():
-    open_options = CompressOptions(model="m", ratio=0.5)
+    open_options = with_preset(CompressOptions(model="m", ratio=0.5))
     assert "router" not in planner_options(open_options)
-    stock = CompressOptions(model="m", ratio=0.5, form="stock", similarity="outputs")
+    stock = with_preset(CompressOptions(model="m", ratio=0.5, form="stock", similarity="outputs"))
     chosen = {key: planner_options(stock)[key] for key in ("router", "grouping", "similarity")}
     assert chosen == {"router": "slice", "grouping": "uniform", "similarity": "outputs"}
     assert "score" not in planner_options(CompressOptions(model="m", ratio=0.5, method="frequency"))

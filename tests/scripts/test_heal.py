@@ -53,6 +53,13 @@ def test_routers_alone_are_healed(checkpoint, data, tmp_path, one_shot, capsys):
     assert "one-shot" in capsys.readouterr().out
 
 
+def test_a_single_step_heals(checkpoint, data, tmp_path, one_shot):
+    options = ("--no-report", "--heal", "router", "--heal-steps", 1, "--heal-learning-rate", 1e-2)
+    assert compress(checkpoint, data, tmp_path / "out", *options) == 0
+    healed = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(not torch.equal(healed[name], one_shot[name]) for name in healed)
+
+
 def test_all_weights_are_healed_and_text_is_learned(checkpoint, data, tmp_path, one_shot):
     out = tmp_path / "out"
     options = ("--heal", "kd", "--heal-steps", 30, "--heal-learning-rate", 0.01)
@@ -153,6 +160,15 @@ def test_rows_are_pruned_while_healing(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert compress(checkpoint, data, broken, *LOW_RANK, "--prune-rows") == 0
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+
+
+def test_one_shot_is_of_the_rows_that_stay(checkpoint, data, tmp_path):
+    """And not of all rows, which healing begins with."""
+    words = [word for word in LOW_RANK if word != "--no-report"]
+    assert compress(checkpoint, data, tmp_path / "plain", *words[:4]) == 0
+    assert compress(checkpoint, data, tmp_path / "pruned", *words, "--prune-rows") == 0
+    expected, (found, _) = facts(tmp_path / "plain")["metrics"], stages(facts(tmp_path / "pruned"))
+    assert found["fidelity"] == expected["fidelity"]
 
 
 @pytest.mark.parametrize(

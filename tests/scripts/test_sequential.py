@@ -213,5 +213,8 @@ def test_the_best_preset_leaves_what_is_said(checkpoint, data, tmp_path):
     assert (kd.heal, kd.heal_learning_rate) == ("kd", None)
     said = CompressOptions(model="m", preset="best", grouping="uniform")
     assert (with_preset(said).method, with_preset(said).grouping) == ("ean", "uniform")
-    plain = CompressOptions(model="m")
-    assert with_preset(plain) == plain
+    usual = CompressOptions(model="m", preset="best", method="m-smoe", heal="none")
+    assert (with_preset(usual).method, with_preset(usual).heal) == ("m-smoe", "none")
+    assert with_preset(usual).heal_learning_rate is None
+    plain = with_preset(CompressOptions(model="m"))
+    assert (plain.method, plain.grouping, plain.heal) == ("m-smoe", "auto", "none")

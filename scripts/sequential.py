@@ -80,20 +80,24 @@ def compress_in_sequence(
         report[layer.name] = apply_layer(
             layer, plans[-1].layers[0], plans[-1], known=known.layers[layer.name], samples=samples
         )
-    plan = joined_plan(plans, identity)
+    plan = joined_plan(plans, identity, sequential=True)
     if plan.form == "stock":
         update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)
     return plan, statistics, report
 
 
-def joined_plan(plans: list[CompressionPlan], identity: ModelIdentity) -> CompressionPlan:
+def joined_plan(
+    plans: list[CompressionPlan], identity: ModelIdentity, *, sequential: bool
+) -> CompressionPlan:
     """One plan of the plans of single layers.
 
     Args:
         plans: Of the layers, in order.
         identity: Of the model before any of them was carried out.
+        sequential: Whether each was made behind the layers before as they had become.
     """
     first = plans[0]
+    protected = [expert for plan in plans for expert in plan.settings["protected"]]
     return CompressionPlan(
         model=identity,
         method=first.method,
@@ -103,7 +107,7 @@ def joined_plan(plans: list[CompressionPlan], identity: ModelIdentity) -> Compre
         low_rank=first.low_rank,
         layers=tuple(plan.layers[0] for plan in plans),
         requested_experts=sum(plan.requested_experts for plan in plans),
-        settings={**first.settings, "sequential": True},
+        settings={**first.settings, "protected": protected, "sequential": sequential},
         notes=tuple(note for plan in plans for note in plan.notes),
     )
 

@@ -203,7 +203,7 @@ class _Walk:
     def finish(self) -> Streamed:
         """Write what lies outside of the layers, the index and the config."""
         model, output = self.stream.model, self.staging.output
-        plan = joined_plan(self.plans, self.identity)
+        plan = joined_plan(self.plans, self.identity, sequential=is_sequential(self.job.options))
         if plan.form == "stock":
             update_expert_count(model, plan.layers[0].num_experts, plan.layers[0].num_kept)
         form = mark_form(model)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moekit.moe.discovery import expert_layers
 from moekit.moe.layer_stream import LayerStream
 from moekit.moe.layer_walk import NotStreamableError
 from moekit.scripts import cli
@@ -86,6 +87,26 @@ def test_methods(options, checkpoint, data, tmp_path):
         for n in ("whole", "streamed")
     ]
     assert sizes[0] == sizes[1]
+
+
+def test_super_experts(checkpoint, data, tmp_path):
+    """Two of one model, of outputs of unlike size: both are protected, streamed or not."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    layers = expert_layers(model)
+    loud = [(layers[0], 5, 3e3), (layers[-1], 2, 1e5)]
+    with torch.no_grad():
+        for layer, expert, factor in loud:
+            layer.experts()[expert].down.mul_(factor)
+    changed = write_checkpoint(tmp_path / "model", model)
+    plans = {}
+    for name, more in (("whole", ()), ("streamed", ("--stream",))):
+        options = ("--method", "aimer", "--sequential", "off", *more)  # which would drop them
+        assert compress(changed, data, tmp_path / name, *options) == 0
+        plans[name] = json.loads((tmp_path / name / "plan.json").read_text())
+    expected = [f"{layer.name} expert {expert}" for layer, expert, _ in loud]
+    assert plans["whole"]["settings"]["protected"] == expected
+    assert plans["streamed"]["layers"] == plans["whole"]["layers"]
+    assert plans["streamed"]["settings"] == plans["whole"]["settings"] | {"sequential": False}
 
 
 def test_tied_embeddings_and_several_files(data, tmp_path):

@@ -134,8 +134,8 @@ def _only_plan(job: Job) -> None:
         plan = plan_in_sequence(job, model, layers)[0]
     else:
         with tempfile.TemporaryDirectory() as folder:
-            calibration = _calibrate(job, model, Path(folder))
-        plan = make_plan(job, model, layers, calibration) if job.processes.is_main else None
+            calibration, is_main = _calibrate(job, model, Path(folder)), job.processes.is_main
+            plan = make_plan(job, model, layers, calibration, Path(folder)) if is_main else None
     if plan is None or not job.processes.is_main:
         return
     show(plan.summary())
@@ -216,7 +216,7 @@ def _make(job: Job, model: PreTrainedModel, layers: list[ExpertLayer], staging: 
         statistics = calibration.statistics
         if not is_main and options.heal == "none":
             return None
-        plan = _agreed_plan(job, model, layers, calibration)
+        plan = _agreed_plan(job, model, layers, calibration, staging.work)
         after = predict_footprint(model, plan)
         staging.reserve(after.total_bytes)
         step(f"From {sum(p.num_experts for p in plan.layers)} experts to {plan.actual_experts}")
@@ -311,12 +311,13 @@ def _compress(job: Job, staging: Staging) -> Run | None:
 
 
 def _agreed_plan(
-    job: Job, model: PreTrainedModel, layers: list[ExpertLayer], calibration: Calibration
+    job: Job, model: PreTrainedModel, layers: list[ExpertLayer], calibration: Calibration, folder: Path
 ) -> CompressionPlan:
     """What the main process plans, in all that go on after it."""
     if job.processes.count == 1 or job.options.heal == "none":
-        return make_plan(job, model, layers, calibration)
-    mine = make_plan(job, model, layers, calibration).to_json() if job.processes.is_main else None
+        return make_plan(job, model, layers, calibration, folder)
+    is_main = job.processes.is_main
+    mine = make_plan(job, model, layers, calibration, folder).to_json() if is_main else None
     return CompressionPlan.from_json(job.processes.same(mine))
 
 

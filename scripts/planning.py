@@ -1,6 +1,7 @@
 """How `moekit compress` comes by its plan: the user's, a planner's, or layer by layer."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -59,14 +60,14 @@ def needs_samples(job: Job) -> bool:
 
 
 def make_plan(
-    job: Job, model: PreTrainedModel, layers: list[ExpertLayer], calibration: Calibration
+    job: Job, model: PreTrainedModel, layers: list[ExpertLayer], calibration: Calibration, folder: Path
 ) -> CompressionPlan:
-    """The user's plan, or a new one."""
+    """The user's plan, or a new one; the folder keeps what an interrupted run has measured for it."""
     if job.plan is not None:
         return job.plan
     said = planner_options(job.options)
     if job.options.grouping == "sensitivity":
-        said["sensitivities"] = _sensitivities(job, model, layers, calibration, said)
+        said["sensitivities"] = _sensitivities(job, model, layers, calibration, folder, said)
     return with_low_rank(_planned(job, calibration, layers, **said), job.options)
 
 
@@ -75,6 +76,7 @@ def _sensitivities(
     model: PreTrainedModel,
     layers: list[ExpertLayer],
     calibration: Calibration,
+    folder: Path,
     said: dict[str, Any],
 ) -> list[dict[int, float]]:
     """What each layer suffers alone, where tokens reach it."""
@@ -98,6 +100,7 @@ def _sensitivities(
         statistics=calibration.statistics,
         samples=calibration.samples,
         progress=is_interactive(),
+        keep=folder / "sensitivities.json",
     )
 
 

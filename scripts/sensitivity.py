@@ -3,7 +3,9 @@
 # T tokens, D hidden width, V vocabulary
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..compress.apply import apply_layer
 from ..compress.plan import CompressionPlan
+from ..compress.plan_file import write_atomically
 from ..moe.data import TokenBlocks
 from ..moe.discovery import expert_layers
 from ..moe.evaluating import evaluating
@@ -38,6 +41,7 @@ def layer_sensitivities(
     statistics: RoutingStatistics | None = None,
     samples: InputSamples | None = None,
     progress: bool = False,
+    keep: Path | None = None,
 ) -> list[dict[int, float]]:
     """KL from the model to itself with one layer compressed, for every layer, nats a token.
 
@@ -54,6 +58,7 @@ def layer_sensitivities(
         statistics: For constant experts, as ``apply_plan`` takes it.
         samples: For alignments that need them.
         progress: Show a progress bar.
+        keep: A file of the losses found so far, for a run that goes on; the same for the same work.
 
     Returns:
         For each layer its losses by number of experts.
@@ -68,8 +73,8 @@ def layer_sensitivities(
     def logits(hidden_TD: Tensor) -> Tensor:
         return scale(head(hidden_TD.to(model.device)).float())
 
-    found: list[dict[int, float]] = [{} for _ in layers]
-    cuts = [(index, kept) for index, numbers in enumerate(counts) for kept in numbers]
+    found = _read(keep, len(layers))
+    cuts = [(at, kept) for at, numbers in enumerate(counts) for kept in numbers if kept not in found[at]]
     with evaluating(model):
         before_TD = _hidden(model, head, part, batch_size)
         for index, kept in tqdm(cuts, desc="cutting alone", unit="cut", disable=not progress):
@@ -84,7 +89,16 @@ def layer_sensitivities(
             finally:
                 model.set_submodule(layer.name, layer.block)
             found[index][kept] = _mean_kl(before_TD, after_TD, logits)
+            if keep is not None:
+                write_atomically(keep, json.dumps(found))
     return found
+
+
+def _read(keep: Path | None, num_layers: int) -> list[dict[int, float]]:
+    if keep is None or not keep.is_file():
+        return [{} for _ in range(num_layers)]
+    rows = json.loads(keep.read_text(encoding="utf-8"))
+    return [{int(kept): loss for kept, loss in row.items()} for row in rows]
 
 
 def _hidden(model: PreTrainedModel, head: Any, blocks: TokenBlocks, batch_size: int) -> Tensor:

@@ -98,7 +98,7 @@ def test_all_experts_kept_is_the_plan_that_is_not_sequential():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_sensitivities_are_those_of_single_cuts_and_leave_the_model():
+def test_sensitivities_are_those_of_single_cuts_and_leave_the_model(tmp_path):
     model = fresh("qwen3_moe")
     layers, blocks = expert_layers(model), blocks_for(model)
     table = record(model, layers, blocks, 2)
@@ -110,6 +110,19 @@ def test_sensitivities_are_those_of_single_cuts_and_leave_the_model():
 
     counts = [(2, 4), (2, 8), (2,)]
     found = layer_sensitivities(model, layers, blocks, counts, planner, batch_size=2)
+    calls = []
+
+    def failing(part, kept):
+        calls.append(kept)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return planner(part, kept)
+
+    kept = tmp_path / "losses.json"
+    with pytest.raises(KeyboardInterrupt):
+        layer_sensitivities(model, layers, blocks, counts, failing, batch_size=2, keep=kept)
+    assert found == layer_sensitivities(model, layers, blocks, counts, failing, batch_size=2, keep=kept)
+    assert calls == [2, 4, 2, 2, 8, 2]  # the interrupted one again, and none before
     assert [tuple(losses) for losses in found] == counts
     assert found[1][8] == 0
     assert found[0][4] < found[0][2]

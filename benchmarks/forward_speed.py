@@ -22,6 +22,7 @@ import tyro
 from dropout_report import insert_table, markdown
 from moekit.compress.low_rank import factorise_layer
 from moekit.moe import expert_layers
+from moekit.moe.constants import keep_weights, set_constants
 from moekit.moe.footprint import footprint
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -82,6 +83,16 @@ def pruned(model: Any, share: int) -> Any:
     return made
 
 
+def with_constants(model: Any, share: int) -> Any:
+    """With one in `share` experts, and constants for the others."""
+    made = copy.deepcopy(model)
+    for layer in expert_layers(made):
+        kept = layer.num_experts // share
+        keep_weights(layer, range(kept))
+        set_constants(layer, torch.randn(layer.num_experts - kept, layer.hidden_size))
+    return made
+
+
 def low_rank(model: Any, share: int) -> Any:
     """With all experts at a rank of a `share` of their width."""
     made = copy.deepcopy(model)
@@ -99,6 +110,7 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "merged to 1/4, not folded": lambda model: merged(model, 4, fold=False),
     "merged to 1/4": lambda model: merged(model, 4),
     "pruned to 1/2": lambda model: pruned(model, 2),
+    "constants for 1/2": lambda model: with_constants(model, 2),
     "rank 1/4": lambda model: low_rank(model, 4),
     "rank 1/8": lambda model: low_rank(model, 8),
 }

@@ -235,7 +235,8 @@ def choose_cores(
         raise ValueError(
             f"cannot keep {num_kept} of {layer.num_experts} experts in layer {layer.name!r} with "
             f"router={router!r}: its router chooses among {num_groups} groups of one size; keep a multiple "
-            f"of {num_groups}, the same in every layer (grouping='uniform'), or use router='redirect'"
+            f"of {num_groups}, the same in every layer (grouping='uniform'), or take a router that keeps "
+            "its rows (redirect for experts that are merged, constant for those that are pruned)"
         )
     size = layer.num_experts // num_groups
     chosen = []

@@ -159,8 +159,8 @@ def check_unmerged(layers: Sequence[Layer]) -> None:
     for layer in layers:
         if layer.router_mode != "full":
             raise ValueError(
-                f"layer {layer.name!r} is merged already (router {layer.router_mode!r}) and cannot be merged "
-                "again; start from the original model"
+                f"experts of layer {layer.name!r} were merged or replaced already (router "
+                f"{layer.router_mode!r}) and cannot be again; start from the original model"
             )
 
 

@@ -21,11 +21,8 @@ Interval = tuple[float, float]
 VERDICT_BANDS = (
     (0.02, "Almost nothing was lost."),
     (0.10, "A little was lost."),
-    (0.30, "The loss is plain to see: heal the model before you use it (moekit distill)."),
-    (
-        math.inf,
-        "The model is badly damaged: keep more experts, or heal it before use (moekit distill).",
-    ),
+    (0.30, "The loss is plain to see: {heal}."),
+    (math.inf, "The model is badly damaged: keep more experts, or {heal}."),
 )
 
 
@@ -212,6 +209,8 @@ class ReportContent:
     """Speed, for instance prefill and decoding in tokens/s."""
     healing: Sequence[HealingRow] = ()
     """What healing has done; empty if there was none."""
+    is_healed: bool = False
+    """Whether the result has learned from the original, measured before or not."""
     gains: GainMap | None = None
     """How far the model could be cut; None if that was not asked."""
     warnings: Sequence[str] = ()
@@ -238,7 +237,8 @@ def verdict(content: ReportContent) -> str:
     rise = content.overall.perplexity_change
     if math.isnan(rise):
         return " ".join([*sentences, "What was lost is unknown: perplexity is not a number."])
-    sentences.append(next(words for limit, words in VERDICT_BANDS if rise <= limit))
+    heal = "heal it for longer" if content.is_healed else "heal it before use (moekit distill)"
+    sentences.append(next(words for limit, words in VERDICT_BANDS if rise <= limit).format(heal=heal))
     sentences.append(
         f"Over {content.overall.num_tokens:,} held-out tokens perplexity {_moved(rise)}, and both models "
         f"rank the same token first at {content.overall.top1_agreement:.1%} of positions."
@@ -273,5 +273,6 @@ def _clearly_worse(comparisons: Sequence[Comparison]) -> list[str]:
         if lower[1] < higher[0]:
             share = row.unit == "share"
             values = [f"{v:.1%}" if share else f"{v:,.4g} {row.unit}" for v in (row.before, row.after)]
-            sentences.append(f"{row.name}: clearly worse, {values[0]} before and {values[1]} after.")
+            name = f"{row.name} (of {row.count})" if row.count else row.name
+            sentences.append(f"{name}: clearly worse, {values[0]} before and {values[1]} after.")
     return sentences

@@ -130,8 +130,8 @@ class CompressOptions(CommonOptions):
     reference: Literal["auto", "dominant", "first"] = "auto"
     """Whose neuron order they take: the most used expert's (dominant) unless said otherwise."""
     router: Literal["auto", "redirect", "slice", "mean", "logsumexp", "constant"] = "auto"
-    """What becomes of the routers. auto: redirect for m-smoe in the moekit form, else slice. constant:
-    for methods that prune; what was pruned is replaced by its mean output."""
+    """What becomes of the routers. auto: redirect for m-smoe and hc-smoe in the moekit form, constant for
+    mone, else slice. constant: for methods that prune; what was pruned is replaced by its mean output."""
     rank: OptionalInt = None
     """Then store each matrix of an expert as a product of this rank (gate and up share one), plus whole rows
     of its residual; moekit form only."""

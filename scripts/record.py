@@ -199,6 +199,7 @@ def report_content(run: Run) -> ReportContent:
         warnings=run.warnings,
         settings=_settings(run),
         healing=[] if run.one_shot is None else [HealingRow(*row) for row in fidelity_rows(run)],
+        is_healed=run.healing is not None,
         gains=_gains(run),
     )
 
@@ -228,6 +229,11 @@ def _settings(run: Run) -> dict[str, str]:
     facts = {"data": run.data, "calibration tokens": f"{tokens:,}"}
     facts |= {key: str(value) for key, value in run.plan.settings.items() if value not in (None, [], "")}
     facts["alignment"] = run.plan.alignment.method
+    if (rule := run.plan.low_rank) is not None:
+        facts |= {"rank": str(rule.rank), "share of rows that S holds": f"{rule.sparse_rows:g}"}
+        facts["those rows"] = (
+            "pruned while healing" if run.options.prune_rows else "worst of the decomposition"
+        )
     if run.healing is not None:
         facts |= {f"healing, {name}": str(value) for name, value in run.healing.to_dict().items()}
     if run.reload_difference is not None:

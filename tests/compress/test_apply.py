@@ -262,7 +262,9 @@ def test_a_merged_model_is_not_merged_again(router: str) -> None:
     plan = planned("qwen3_moe", model, router=router)
     apply_plan(model, plan)
     between = logits(model, inputs)
-    message = rf"is merged already \(router '{router}'\) and cannot be merged again; start from the original"
+    message = (
+        rf"merged or replaced already \(router '{router}'\) and cannot be again; start from the original"
+    )
     with pytest.raises(ValueError, match=message):
         apply_plan(model, plan)
     with pytest.raises(ValueError, match=message):

@@ -55,7 +55,7 @@ def test_domain_row_takes_what_fidelity_measures():
     [
         (10.1, "Almost nothing"),
         (10.9, "A little"),
-        (12.0, "plain to see: heal the model before you use it (moekit distill)"),
+        (12.0, "plain to see: heal it before use (moekit distill)"),
         (25.0, "badly damaged: keep more experts, or heal it before use (moekit distill)"),
         (9.0, "fell by 10.0%"),
     ],
@@ -65,11 +65,17 @@ def test_verdict_follows_perplexity(after, words):
     assert words in verdict(replace(make_content(1), overall=overall, domains=()))
 
 
+def test_verdict_of_a_model_that_was_healed():
+    overall = make_domain("all", 100, 10.0, 25.0, 0.1, 0.9)
+    said = verdict(replace(make_content(1), overall=overall, domains=(), is_healed=True))
+    assert "badly damaged: keep more experts, or heal it for longer." in said
+
+
 def test_verdict_names_the_worst_domain_and_what_is_clearly_worse():
     said = verdict(make_content())
     assert "41% smaller" in said
     assert "lost most is code: there it rose by 26.3%." in said
-    assert "end in a loop: clearly worse" in said
+    assert "end in a loop (of 200): clearly worse" in said
     assert "Answers right" not in said, "its intervals overlap"
 
 

@@ -287,7 +287,7 @@ def test_models_that_cannot_be(whole, checkpoint, data, tmp_path, capsys):
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     dense = write_checkpoint(tmp_path / "dense", LlamaForCausalLM(config))
     assert "LlamaForCausalLM has no routed experts" in refused(capsys, dense, data, out)
-    assert "merged already" in refused(capsys, whole, data, out)
+    assert "merged or replaced already" in refused(capsys, whole, data, out)
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     weights = broken / "model.safetensors"
     tensors = load_file(weights)

@@ -75,6 +75,10 @@ HEALED = (
     "EAN",
     "EAN, by sensitivity",
     "frequency",
+    "routing weight",
+    "MAN",
+    "AIMER",
+    "random",
     "MoNE",
     "EAN and constants, by sensitivity",
     "REAP and constants, by sensitivity",
@@ -99,7 +103,7 @@ class RivalsConfig:
     experts: tuple[int, ...] = (12, 8, 4)
     seeds: tuple[int, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
-    healed_experts: tuple[int, ...] = (8, 4)
+    healed_experts: tuple[int, ...] = (12, 8, 4)
     seq_len: int = 256
     calibration_tokens: int = 32_768
     eval_tokens: int = 16_384

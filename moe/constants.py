@@ -1,8 +1,8 @@
 """Experts that say the same to every token: what is left of one that was replaced by its mean output.
 
 The router keeps its row for such an expert; choosing it adds its row of a small table, times its weight, and
-the family's own forward passes over the choice. A table of C experts of width D takes C x D numbers, a few
-thousandths of what they were.
+the choice counts for nothing in the family's own forward. A table of C experts of width D takes C x D
+numbers, a few thousandths of what they were.
 """
 
 # T tokens, K active experts, M experts with weights, C constant ones, D hidden width
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .layer import ExpertLayer
-from .redirect import has_constants, pass_over_absent, passes_over_absent
+from .redirect import has_constants
 from .storage import write_experts
 
 
@@ -30,8 +30,8 @@ class _ConstantExperts:
         shares_TK = top_k_weights.masked_fill(~is_constant_TK, 0)
         shares_TC = shares_TK.new_zeros(len(shares_TK), len(table_CD))
         shares_TC = shares_TC.scatter_add(1, (top_k_index - num_experts).clamp(min=0), shares_TK)
-        absent = num_experts if passes_over_absent(self) else 0  # which then counts for nothing
-        ids_TK = top_k_index.masked_fill(is_constant_TK, absent)
+        # A weight of 0, since the masks by which Transformers passes over a choice cost more than it does.
+        ids_TK = top_k_index.masked_fill(is_constant_TK, 0)
         weights_TK = top_k_weights.masked_fill(is_constant_TK, 0)
         outputs = super().forward(hidden_states, ids_TK, weights_TK)  # pyright: ignore[reportAttributeAccessIssue]
         said_TD = shares_TC.to(outputs.dtype) @ table_CD.to(outputs.dtype)
@@ -106,6 +106,5 @@ def set_constants(layer: ExpertLayer, constants_CD: Float[Tensor, "C D"]) -> Non
     """
     module = layer.experts_module
     parameter = next(module.parameters())
-    pass_over_absent(module)
     module.register_buffer("constant_outputs", constants_CD.to(parameter.device, parameter.dtype))
     module.__class__ = _constant_class(type(module))

@@ -139,18 +139,59 @@ def compare_models(
     if len(blocks) == 0:
         raise ValueError("there are no held-out blocks to compare the models on")
     _check_vocabulary(original, compressed, blocks)
-    sums: list[Tensor] = []
     batches = blocks.batches(batch_size)
     num_batches = -(-len(blocks) // batch_size)
+    sums = FidelitySums(original, compressed)
     with evaluating(original), evaluating(compressed):
         for batch in tqdm(batches, "Comparing models", total=num_batches, disable=not progress, unit="batch"):
             logits_BSV, targets_BS, counts_BS = _predictions(original, batch)
             other_BSV, _, _ = _predictions(compressed, batch)
-            sums.append(_batch_sums(logits_BSV, other_BSV, targets_BS, counts_BS))
-            _check_finite(sums[-1], original, compressed)
+            sums.add(logits_BSV, other_BSV, targets_BS, counts_BS)
             # Else two batches' logits would be alive during the next forward pass.
             del logits_BSV, other_BSV
-    return _report(torch.cat(sums).numpy(), blocks)
+    return sums.report(blocks)
+
+
+class FidelitySums:
+    """Sums over the blocks of a comparison, batch by batch in their order.
+
+    Args:
+        original: The reference, whose logits they are of.
+        compressed: The other; both are named in errors.
+    """
+
+    def __init__(self, original: PreTrainedModel, compressed: PreTrainedModel) -> None:
+        self.models = original, compressed
+        self.sums: list[Tensor] = []
+
+    def add(
+        self,
+        logits_BSV: Float[Tensor, "B S V"],
+        other_BSV: Float[Tensor, "B S V"],
+        targets_BS: Int[Tensor, "B S"],
+        counts_BS: Bool[Tensor, "B S"],
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            logits_BSV: Of the original.
+            other_BSV: Of the compressed model.
+            targets_BS: The tokens that they predict.
+            counts_BS: Which of those count.
+
+        Raises:
+            ValueError: Logits that are not numbers.
+        """
+        self.sums.append(_batch_sums(logits_BSV, other_BSV, targets_BS, counts_BS))
+        _check_finite(self.sums[-1], *self.models)
+
+    def report(self, blocks: TokenBlocks) -> FidelityReport:
+        """The comparison over all blocks, of which all batches were added.
+
+        Raises:
+            ValueError: The blocks are too short to predict a token in.
+        """
+        return _report(torch.cat(self.sums).numpy(), blocks)
 
 
 def _check_vocabulary(original: PreTrainedModel, compressed: PreTrainedModel, blocks: TokenBlocks) -> None:

@@ -362,5 +362,10 @@ def _add_aliases(config: dict[str, Any]) -> None:
 @torch.no_grad()
 def max_logit_difference(model: PreTrainedModel, other: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
     """Largest absolute difference of two models' logits on the same inputs, relative to the largest logit."""
-    mine, theirs = model(**inputs).logits.float(), other(**inputs).logits.float()
+    return logit_difference(model(**inputs).logits, other(**inputs).logits)
+
+
+def logit_difference(mine: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference, relative to the largest logit of the first."""
+    mine, theirs = mine.float(), theirs.float()
     return float((mine - theirs).abs().max() / mine.abs().max().clamp_min(1e-12))

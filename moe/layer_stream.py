@@ -10,7 +10,7 @@ everything else that a layer is given are as always.
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from .layer_walk import NUMBERED, LayerWalk, NotStreamableError
+from .layer_walk import CARRY_MORE, NUMBERED, LayerWalk, NotStreamableError
 
 
 class LayerStream(LayerWalk):
@@ -43,7 +43,8 @@ class LayerStream(LayerWalk):
         quantizer: Of transformers, which makes ordinary weights of the stored ones, where it is needed.
 
     Raises:
-        NotStreamableError: The expert layers are not all in one list of decoder layers.
+        NotStreamableError: The expert layers are not all in one list of decoder layers, or these hand on more
+            than hidden states.
     """
 
     def __init__(
@@ -56,6 +57,11 @@ class LayerStream(LayerWalk):
         quantizer: Any = None,
     ) -> None:
         super().__init__(model)
+        if (kind := model.config.model_type) in CARRY_MORE:
+            raise NotStreamableError(
+                f"decoder layers of {kind!r} models hand on more than hidden states, so they cannot be run "
+                "one by one: compress it in memory (leave --stream out)"
+            )
         self.dtype, self.device = dtype, device
         self._mapping: Any = get_model_conversion_mapping(model, None, quantizer)
         self._quantizer = quantizer
@@ -89,6 +95,21 @@ class LayerStream(LayerWalk):
         self._load(lambda name: name.startswith(f"{self._stored_path}.{index}."))
         if lost := _on_meta(self.layers[index]):
             raise NotStreamableError(f"the checkpoint's files lack {lost[0]!r} of decoder layer {index}")
+
+    def push(self, index: int, inputs: Sequence[Mapping[str, Any]], hidden: "HiddenFiles") -> None:
+        """Run the loaded decoder layer on all batches.
+
+        Args:
+            index: Of the layer.
+            inputs: Arguments of the model, for each batch.
+            hidden: What the layer reads, and where what it gives is kept.
+        """
+        reads: list[Tensor | None] = [None]
+        for number, batch in enumerate(inputs):
+            reads[0] = None if index == 0 else hidden.read(index, number).to(self.device)
+            with self.only(index, lambda: reads[0]) as given:
+                self.run(batch)
+            hidden.write(index + 1, number, given[0])
 
     def drop(self, index: int) -> None:
         """Forget a decoder layer's weights; its shapes stay."""
@@ -132,8 +153,10 @@ class LayerStream(LayerWalk):
             # What was remembered of the quantised layout would be written into the plain weights' names.
             self.model.__dict__.pop("_weight_conversions", None)
         if info.mismatched_keys or info.conversion_errors:
-            fault = next(iter(info.mismatched_keys or info.conversion_errors))
-            raise NotStreamableError(f"the checkpoint's {fault} does not fit the config")
+            fault = min(map(str, info.conversion_errors), default="")
+            for name, stored, wanted in info.mismatched_keys:
+                fault = f"{name!r} has shape {list(stored)}, and the config asks for {list(wanted)}"
+            raise NotStreamableError(f"the checkpoint does not fit its config: {fault}")
 
 
 class HiddenFiles:

@@ -22,6 +22,11 @@ NUMBERED = re.compile(r"^(.*?)\.(\d+)(\.|$)")
 """List, index and rest of the name of a module in a list."""
 
 
+CARRY_MORE = frozenset({"glm5_next", "glm_moe_dsa", "hy_v4", "mistral_large4", "zaya"})
+"""Model types whose decoder layers hand on more than hidden states (residuals, chosen positions), so that
+they cannot be run one by one; `is_faithful` says so of every one of them."""
+
+
 class NotStreamableError(ValueError):
     """A model whose layers cannot be run one by one."""
 
@@ -90,12 +95,37 @@ class LayerWalk:
             yield given
 
     def run(self, inputs: Mapping[str, Any]) -> None:
-        """A forward of the model within `only`."""
+        """A forward of the model within `only`.
+
+        Raises:
+            NotStreamableError: The model's layers do not run in order, or not without those before them.
+        """
         try:
             self.model(**{**inputs, "use_cache": False})
         except _ReachedError:
             return
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            raise NotStreamableError(
+                f"the decoder layers of {type(self.model).__name__} cannot be run one by one ({error}); "
+                "compress it in memory"
+            ) from error
         raise NotStreamableError(f"{type(self.model).__name__} did not run its decoder layers in order")
+
+    def logits(self, inputs: Mapping[str, Any], hidden_BSD: Tensor) -> Tensor:
+        """What the model says when its last decoder layer gives these hidden states.
+
+        Args:
+            inputs: Arguments of the model.
+            hidden_BSD: On any device.
+
+        Returns:
+            Logits ``[B, S, V]``.
+        """
+        given = hidden_BSD.to(self.model.device)
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(_with_forward(layer, lambda *_, **__: given))
+            return self.model(**{**inputs, "use_cache": False}).logits
 
     def step(self, index: int, inputs: Sequence[Mapping[str, Any]], hidden: list[Tensor]) -> list[Tensor]:
         """Run one decoder layer on all batches.

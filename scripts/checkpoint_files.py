@@ -115,7 +115,12 @@ def check_shard(path: Path) -> None:
 
 def tensor_bytes(folder: Path) -> int:
     """Bytes of all tensors in a folder's weight files, headers not counted."""
-    return sum(_header_and_data_size(path)[1] for path in weight_files(folder))
+    return sum(map(data_bytes, weight_files(folder)))
+
+
+def data_bytes(path: Path) -> int:
+    """Bytes of the tensors in a safetensors file."""
+    return _header_and_data_size(path)[1]
 
 
 def tensor_elements(folder: Path) -> int:

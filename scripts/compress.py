@@ -47,6 +47,7 @@ from .record import (
 from .shared_folder import shared_folder
 from .staging import Staging
 from .stream import compress_streamed
+from .stream_checks import flowing_bytes
 from .until_collapse import descend, run_kind
 from .verify import verify_reload
 
@@ -325,7 +326,7 @@ def _stream(job: Job, staging: Staging) -> Run | None:
     """Do the work one decoder layer at a time; None in other processes than the main one."""
     options, output = job.options, staging.output
     source_bytes = tensor_bytes(job.source.folder)
-    staging.reserve(source_bytes)
+    staging.reserve(source_bytes + flowing_bytes(job))
     done = compress_streamed(job, staging)
     if done is None:
         return None
@@ -342,8 +343,8 @@ def _stream(job: Job, staging: Staging) -> Run | None:
         source_bytes=source_bytes,
         written_bytes=written,
         merging=done.merging,
-        reload_difference=None,
-        measured=None,
+        reload_difference=done.reload_difference,
+        measured=done.measured,
         one_shot=None,
         healing=None,
         reached=None,

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -130,7 +131,7 @@ def load_model(
         # What was remembered of the quantised layout would be written into the plain weights' names.
         loaded.__dict__.pop("_weight_conversions", None)
     loaded = loaded.to(find_device(device)).eval()
-    check_finite(loaded, source.name)
+    check_finite(loaded.named_parameters(), source.name)
     return loaded
 
 
@@ -205,13 +206,17 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 @torch.no_grad()
-def check_finite(model: PreTrainedModel, name: str) -> None:
+def check_finite(tensors: Iterable[tuple[str, Tensor]], name: str) -> None:
     """Refuse weights that hold NaN or infinity.
+
+    Args:
+        tensors: With their names.
+        name: Of the checkpoint.
 
     Raises:
         ValueError: Names the first such tensor.
     """
-    for tensor_name, tensor in model.named_parameters():
+    for tensor_name, tensor in tensors:
         for part in tensor.view(-1).split(SCAN_ELEMENTS) if tensor.is_contiguous() else [tensor]:
             if not part.isfinite().all():
                 raise ValueError(

@@ -174,9 +174,10 @@ class CompressOptions(CommonOptions):
     """With --no-report: do not compare the result with the original, and write no report.html."""
     stream: bool = False
     """For checkpoints larger than memory: read, compress and write one decoder layer at a time, every layer
-    with the same number of experts; without a report."""
+    with the same number of experts. The report says nothing of generated text and speed."""
     memory_limit: OptionalText = None
-    """With --stream: refuse to begin if one layer needs more than this, such as 8GB."""
+    """With --stream: refuse to begin if the process, with its libraries, what lies outside of the layers, the
+    largest layer and a batch of text, needs more than this, such as 8GB."""
     max_shard_size: str = "5GB"
     """Largest file of weights, such as 500MB or 5GB."""
 

@@ -178,8 +178,11 @@ def _check_stream(options: CompressOptions) -> None:
         return
     if options.memory_limit is not None:
         check_shard_size(options.memory_limit, flag="--memory-limit")
-    whole = {"--plan": options.plan is not None, "--plan-only": options.plan_only}
-    whole |= {"--heal": options.heal != "none", "a report (say --no-report)": options.report}
+    whole = {
+        "--plan": options.plan is not None,
+        "--plan-only": options.plan_only,
+        "--heal": options.heal != "none",
+    }
     if said := [flag for flag, is_said in whole.items() if is_said]:
         raise ValueError(f"--stream has one layer in memory at a time, which {said[0]} cannot do with")
     check_sequential(options.grouping, options.exclude_layers, options.layer_experts)

@@ -58,7 +58,7 @@ class Run:
     """Of the tensors in the result's files."""
     merging: dict[str, dict[str, Any]]
     """By layer, from `apply_plan`."""
-    reload_difference: float | None
+    reload_difference: float
     """Largest relative difference of logits between the model in memory and the one read back; None if the
     model was never whole in memory."""
     measured: Measurements | None
@@ -236,8 +236,7 @@ def _settings(run: Run) -> dict[str, str]:
         )
     if run.healing is not None:
         facts |= {f"healing, {name}": str(value) for name, value in run.healing.to_dict().items()}
-    if run.reload_difference is not None:
-        facts["largest relative difference of logits after reloading"] = f"{run.reload_difference:.2g}"
+    facts["largest relative difference of logits after reloading"] = f"{run.reload_difference:.2g}"
     return facts
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..compress.apply import apply_layer, check_finite
+from ..compress.apply import apply_layer
 from ..compress.methods import METHODS, NEEDS_SAMPLES
 from ..compress.plan import CompressionPlan, ModelIdentity
 from ..moe.checkpoint import mark_form, update_expert_count, write_config_aliases
@@ -28,9 +28,10 @@ from ..moe.samples import InputSamples, record_inputs
 from ..moe.statistics import RoutingStatistics
 from ..moe.statistics_file import FILE_NAME
 from .calibrate import model_inputs
-from .checkpoint_files import weight_files
+from .checkpoint_files import data_bytes, weight_files
 from .console import is_interactive, show, step
-from .load import find_device, skeleton
+from .load import check_finite, find_device, skeleton
+from .measure import Measurements
 from .planning import needs_samples, try_planner, with_low_rank
 from .prediction import shape_layer
 from .prepare import PLAN_FILE, Job, is_sequential, planner_options
@@ -38,6 +39,8 @@ from .quantised import dequantiser, told
 from .record import STATISTICS_FOLDER
 from .sequential import joined_plan
 from .staging import Staging
+from .stream_checks import check_memory
+from .stream_judge import StreamJudge
 
 STATE = "stream.json"
 
@@ -54,6 +57,8 @@ class Streamed:
     merging: dict[str, dict[str, Any]]
     """By layer, from `apply_layer`."""
     model_class: str
+    measured: Measurements | None
+    reload_difference: float
 
 
 def compress_streamed(job: Job, staging: Staging) -> Streamed | None:
@@ -86,14 +91,15 @@ def compress_streamed(job: Job, staging: Staging) -> Streamed | None:
         step(f"{job.source.name}{dequantised}")
         model.config.__dict__.pop("quantization_config")
     try_planner(options, expert_layers(model))
-    check_memory(stream, options.memory_limit)
+    check_memory(stream, job)
     stream.load_outside()
+    check_finite(stream.state_dict(None).items(), job.source.name)
     walk = _Walk(job, stream, staging)
     step(f"Reading {job.texts.calibration.num_tokens:,} tokens, layer by layer")
     with evaluating(model), torch.no_grad():
         for index in tqdm(range(len(stream)), "layers", unit="layer", disable=not is_interactive()):
             walk.layer(index)
-    return walk.finish() if job.processes.is_main else None
+        return walk.finish() if job.processes.is_main else None
 
 
 class _Walk:
@@ -108,7 +114,12 @@ class _Walk:
         self.merging: dict[str, dict[str, Any]] = {}
         self.hidden = HiddenFiles(staging.work / "hidden" / job.processes.name)
         own = job.processes.share(job.texts.calibration, job.options.batch_size)
-        self.batches = list(own.batches(job.options.batch_size))
+        self.inputs = [model_inputs(stream.model, batch) for batch in own.batches(job.options.batch_size)]
+        self.judge = None
+        if job.processes.is_main:
+            folder, size = staging.work / "held out", job.options.batch_size
+            compares = job.options.report
+            self.judge = StreamJudge(stream, job.texts.held_out, folder, size, compares=compares)
         self.said = planner_options(job.options)
         self.plans: list[CompressionPlan] = []
         self.done = 0
@@ -140,11 +151,16 @@ class _Walk:
                 self._reshape(layer)
             return
         self.stream.load(index)
+        check_finite(self.stream.state_dict(index).items(), self.job.source.name)
         known, samples = self._record(index, layers)
+        if self.judge is not None:
+            self.judge.before(index)
         for layer in layers:
             self._compress(layer, known, samples)
         if layers and is_sequential(self.job.options):
             self._push(index, [], None)
+        if self.judge is not None:
+            self.judge.after(index)
         processes = self.job.processes
         processes.wait()  # what the next layer reads is there in all of them
         if processes.is_main:
@@ -154,6 +170,8 @@ class _Walk:
             self._keep(index)
         self.stream.drop(index)
         self.hidden.forget(index)
+        if self.judge is not None:
+            self.judge.forget(index)
 
     def _record(self, index: int, layers: list[Any]) -> tuple[RoutingStatistics, InputSamples | None]:
         """What all processes see of a layer."""
@@ -165,18 +183,12 @@ class _Walk:
 
     def _push(self, index: int, layers: list[Any], samples: InputSamples | None) -> RoutingStatistics:
         """Run the calibration text through a layer, and keep what comes out for the next."""
-        reading: list[Tensor | None] = [None]
-        stream, model = self.stream, self.stream.model
+        model = self.stream.model
         with record_routing(model, layers) as statistics, record_inputs(model, layers, samples=samples):
-            for number, batch in enumerate(self.batches):
-                reading[0] = None if index == 0 else self.hidden.read(index, number).to(stream.device)
-                with stream.only(index, lambda: reading[0]) as given:
-                    stream.run(model_inputs(model, batch))
-                self.hidden.write(index + 1, number, given[0])
+            self.stream.push(index, self.inputs, self.hidden)
         return statistics
 
     def _compress(self, layer: Any, known: RoutingStatistics, samples: InputSamples | None) -> None:
-        check_finite(layer)
         method = self.job.options.method
         given = {"samples": samples} if method in NEEDS_SAMPLES else {}
         plan = with_low_rank(METHODS[method]([layer], known, **self.said, **given), self.job.options)
@@ -197,8 +209,14 @@ class _Walk:
         own = {name: tensor for name, tensor in self.stream.state_dict(index).items() if name not in tied}
         tensors = revert_weight_conversion(model, own)
         kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        file = self.parts / ("outside.safetensors" if index is None else f"layer-{index:05d}.safetensors")
-        save_file(kept, file, metadata={"format": "pt"})
+        stem = "outside" if index is None else f"layer-{index:05d}"
+        shards = split_torch_state_dict_into_shards(
+            kept,
+            filename_pattern=stem + "{suffix}.safetensors",
+            max_shard_size=self.job.options.max_shard_size,
+        )
+        for name, names in shards.filename_to_tensors.items():
+            save_file({key: kept[key] for key in names}, self.parts / name, metadata={"format": "pt"})
 
     def finish(self) -> Streamed:
         """Write what lies outside of the layers, the index and the config."""
@@ -220,7 +238,12 @@ class _Walk:
             statistics.layers |= RoutingStatistics.load(path).layers
         plan.save(output / PLAN_FILE)
         statistics.save(output / STATISTICS_FOLDER / FILE_NAME)
+        assert self.judge is not None  # in the main process
+        step("Reading the checkpoint back, layer by layer")
+        difference = self.judge.verify(output)
         return Streamed(
+            measured=self.judge.measure(),
+            reload_difference=difference,
             plan=plan,
             statistics=statistics,
             form=form,
@@ -236,8 +259,8 @@ def write_index(parts: Path, folder: Path) -> None:
 
     The parts stay until the run has ended, so that one that is killed here need not write them again.
     """
-    files = [*sorted(parts.glob("layer-*.safetensors")), parts / "outside.safetensors"]
-    weight_map, total = {}, 0
+    files = [path for stem in ("layer", "outside") for path in sorted(parts.glob(f"{stem}*.safetensors"))]
+    weight_map = {}
     for number, part in enumerate(files, 1):
         target = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
         try:
@@ -246,42 +269,12 @@ def write_index(parts: Path, folder: Path) -> None:
             shutil.copyfile(part, target)
         with safe_open(target, framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), target.name)
-        total += target.stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": sum(map(data_bytes, files))},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     text = json.dumps(index, indent=2) + "\n"
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
-
-
-def check_memory(stream: LayerStream, limit: str | None) -> None:
-    """Refuse a limit that one decoder layer does not fit into.
-
-    Args:
-        stream: Without weights.
-        limit: Such as 4GB; no limit by default.
-
-    Raises:
-        ValueError: Says how much is needed.
-    """
-    if limit is None:
-        return
-    sizes = [_bytes(stream.state_dict(index)) for index in range(len(stream))]
-    # Experts are fused from single tensors while they are loaded, so a layer is there twice for a while.
-    one_layer, outside = 2 * max(sizes), _bytes(stream.state_dict(None))
-    if outside + one_layer > size_in_bytes(limit):
-        raise ValueError(
-            f"--memory-limit {limit} is too small: one decoder layer needs {one_layer:,} bytes while it is "
-            f"loaded, and what lies outside of the layers {outside:,}; give {outside + one_layer:,} at least"
-        )
-
-
-def size_in_bytes(text: str) -> int:
-    """Of a size such as 500MB, in powers of ten."""
-    unit = {"K": 3, "M": 6, "G": 9, "T": 12}[text.strip()[-2].upper()]
-    return int(float(text.strip()[:-2]) * 10**unit)
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _number(path: Path) -> int:

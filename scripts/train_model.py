@@ -276,7 +276,7 @@ def _load(
             ignore_mismatched_sizes=task != "causal-lm",
             output_loading_info=True,
         )
-    check_finite(model, source.name)
+    check_finite(model.named_parameters(), source.name)
     # Entries are names, or tuples of a name and two shapes.
     return model, sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
 

@@ -41,13 +41,26 @@ def verify_reload(model: PreTrainedModel, folder: Path, blocks: TokenBlocks) -> 
     batch = next(blocks.batches(PROBES))
     with evaluating(model), evaluating(reloaded):
         difference = max_logit_difference(model, reloaded, model_inputs(model, batch))
-    allowed = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+    check_difference(difference, model.dtype)
+    return reloaded, difference
+
+
+def check_difference(difference: float, dtype: torch.dtype) -> None:
+    """Refuse logits that differ by more than rounding.
+
+    Args:
+        difference: The largest, relative to the largest logit.
+        dtype: Of the weights.
+
+    Raises:
+        VerificationError: They do.
+    """
+    allowed = TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
     if not difference <= allowed:
         raise VerificationError(
             f"the checkpoint read back gives other logits than the model in memory (relative difference "
             f"{difference:.2g}, at most {allowed:g} is rounding); this is a fault of moekit, please report it"
         )
-    return reloaded, difference
 
 
 def _compare_tensors(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:

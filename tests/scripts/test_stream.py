@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from moekit.moe.discovery import expert_layers
+from moekit.moe.discovery import UnsupportedModelError, expert_layers
+from moekit.moe.evaluating import evaluating
 from moekit.moe.layer_stream import LayerStream
-from moekit.moe.layer_walk import NotStreamableError
-from moekit.scripts import cli
+from moekit.moe.layer_walk import CARRY_MORE, LayerWalk, NotStreamableError
+from moekit.scripts import cli, stream
+from moekit.scripts.checkpoint_files import tensor_bytes
 from moekit.scripts.load import open_source, skeleton
 from moekit.scripts.staging import partial_folder
-from moekit.scripts.stream import size_in_bytes
+from moekit.scripts.stream_checks import size_in_bytes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..moe.families import FAMILIES
+from ..moe.samples import fresh_case
 from ..moe.tiny_models import Family
 from .tiny_checkpoints import TEXT_OPTIONS, VOCABULARY, tiny_qwen, write_checkpoint
 
@@ -174,7 +177,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(pattern, sequential, data, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--memory-limit", "1KB", "--stream"), r"--memory-limit 1KB is too small: one decoder layer needs"),
+        (("--memory-limit", "1KB", "--stream"), r"--memory-limit 1KB is too small: "),
         (("--memory-limit", "much", "--stream"), "--memory-limit 'much' is not a size"),
         (("--memory-limit", "1GB"), "--memory-limit is of --stream; add that"),
         (("--stream", "--heal", "router"), "which --heal cannot do with"),
@@ -188,10 +191,89 @@ def test_what_cannot_be(checkpoint, data, tmp_path, capsys, words, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_needs_the_whole_model(checkpoint, data, tmp_path, capsys):
-    words = ["compress", str(checkpoint), "--data", str(data), "--experts", "4", "--stream"]
-    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
-    assert "a report (say --no-report) cannot do with" in capsys.readouterr().err
+def test_the_report_is_that_of_compression_in_memory(checkpoint, data, tmp_path):
+    given = ["compress", str(checkpoint), *TEXT_OPTIONS, "--data", str(data), "--experts", "4"]
+    given += ["--method", "reap", "--sequential", "off"]
+    found = {}
+    for name, more in (("whole", ()), ("streamed", ("--stream",))):
+        assert cli.main([*given, "--out", str(tmp_path / name), *more]) == 0
+        metrics = json.loads((tmp_path / name / "run.json").read_text())["metrics"]
+        assert metrics["reload_logit_difference"] < 1e-5
+        found[name] = metrics["fidelity"]
+    for key in ("perplexity_original", "perplexity_compressed", "kl", "top1_agreement", "num_tokens"):
+        mine, theirs = (found[name]["overall"][key] for name in ("streamed", "whole"))
+        assert mine == pytest.approx(theirs, rel=1e-4), key
+    assert [d["domain"] for d in found["streamed"]["domains"]] == [
+        d["domain"] for d in found["whole"]["domains"]
+    ]
+    assert "Perplexity" in (tmp_path / "streamed" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_that_cannot_be_streamed_are_known_before_any_work(family):
+    model, inputs, _ = fresh_case(family)
+    try:
+        walk = LayerWalk(model)
+    except (NotStreamableError, UnsupportedModelError):
+        return  # no list of decoder layers, or none that moekit knows
+    with evaluating(model):
+        assert walk.is_faithful(inputs) == (model.config.model_type not in CARRY_MORE)
+
+
+def test_a_family_that_cannot_be_streamed(data, tmp_path, capsys):
+    model = write_checkpoint(tmp_path / "model", family_model("glm_moe_dsa"))
+    assert compress(model, data, tmp_path / "out", "--stream", "--method", "reap") == 2
+    assert "'glm_moe_dsa' models hand on more than hidden states" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"]
+)
+def test_weights_that_are_no_numbers(name, checkpoint, data, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.get_parameter(name).flatten()[3] = float("nan")
+    broken = write_checkpoint(tmp_path / "model", model)
+    assert compress(broken, data, tmp_path / "out", "--stream", "--method", "reap") == 2
+    assert f"tensor '{name}' of '{broken}' holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_layers_are_written_in_shards(checkpoint, data, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for out, size in ((whole, "5GB"), (cut, "8KB")):
+        options = ("--stream", "--method", "reap", "--max-shard-size", size)
+        assert compress(checkpoint, data, out, *options) == 0
+    same(cut, whole)
+    sizes = [path.stat().st_size for path in cut.glob("model-*.safetensors")]
+    assert len(sizes) > len(list(whole.glob("model-*.safetensors")))
+    for out in (whole, cut):
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        tensors = AutoModelForCausalLM.from_pretrained(out).state_dict()
+        assert index["metadata"]["total_size"] >= sum(
+            tensors[n].nbytes for n in index["weight_map"] if n in tensors
+        )
+        assert index["metadata"]["total_size"] == tensor_bytes(out)
+
+
+def test_a_checkpoint_that_changed_on_the_disk_is_refused(checkpoint, data, tmp_path, monkeypatch, capsys):
+    """What is read back is what was in memory, or the run fails."""
+    own = stream.write_index
+
+    def damaged(parts: Path, folder: Path) -> None:
+        own(parts, folder)
+        file = sorted(folder.glob("model-*.safetensors"))[0]
+        tensors = load_file(file)
+        name = next(name for name in tensors if name.endswith("down_proj.weight") or "down_proj" in name)
+        tensors[name] = tensors[name] * 1.5
+        file.unlink()
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(stream, "write_index", damaged)
+    assert compress(checkpoint, data, tmp_path / "out", "--stream", "--method", "reap") == 2
+    assert "the checkpoint read back gives other logits" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_lack_a_tensor(data, tmp_path, capsys):

@@ -1,0 +1,72 @@
+"""What `moekit compress --stream` needs of memory and disk, counted before any work."""
+
+import psutil
+from torch import Tensor
+
+from ..moe.layer_stream import LayerStream
+from .prepare import Job
+from .verify import PROBES
+
+FLOAT = 4
+"""Bytes of a number that flows, at most."""
+LAYER_COPIES = 2
+"""Experts are fused from single tensors while they are loaded, so a layer is there twice for a while."""
+LOGITS = 4
+"""Of two models, as float32, and as logarithms."""
+
+
+def check_memory(stream: LayerStream, job: Job) -> None:
+    """Refuse a limit that the work does not fit into.
+
+    Args:
+        stream: Without weights.
+        job: With the limit, such as 4GB; no limit by default.
+
+    Raises:
+        ValueError: Says how much is needed, and for what.
+    """
+    limit = job.options.memory_limit
+    if limit is None:
+        return
+    largest = max(_bytes(stream.state_dict(index)) for index in range(len(stream)))
+    parts = {
+        "one decoder layer while it is loaded": LAYER_COPIES * largest,
+        "what lies outside of the layers": _bytes(stream.state_dict(None)),
+        "a batch of text": _batch_bytes(stream, job),
+        "Python and libraries": psutil.Process().memory_info().rss,
+    }
+    needed = sum(parts.values())
+    if needed > size_in_bytes(limit):
+        shown = ", ".join(f"{name} {size:,}" for name, size in parts.items())
+        raise ValueError(
+            f"--memory-limit {limit} is too small: {needed:,} bytes are needed ({shown}); give that at "
+            "least, or a smaller --batch-size"
+        )
+
+
+def flowing_bytes(job: Job) -> int:
+    """Bytes on disk of what flows from layer to layer; what one reads stays until all it gives is there."""
+    tokens = job.texts.calibration.input_ids.numel()
+    if job.options.report:  # through the layers as they were, and as they are
+        tokens += 2 * job.texts.held_out.input_ids.numel()
+    return 2 * FLOAT * tokens * job.source.config.get_text_config().hidden_size
+
+
+def size_in_bytes(text: str) -> int:
+    """Of a size such as 500MB, in powers of ten."""
+    unit = {"K": 3, "M": 6, "G": 9, "T": 12}[text.strip()[-2].upper()]
+    return int(float(text.strip()[:-2]) * 10**unit)
+
+
+def _batch_bytes(stream: LayerStream, job: Job) -> int:
+    """Of what the experts read, hold and give, and of the logits."""
+    tokens = job.options.batch_size * job.texts.calibration.seq_len
+    judged = tokens if job.options.report else PROBES * job.texts.calibration.seq_len
+    layers = [layer for index in range(len(stream)) for layer in stream.expert_layers(index)]
+    each = max(layer.top_k * (2 * layer.hidden_size + 3 * layer.experts()[0].width) for layer in layers)
+    vocabulary = stream.model.config.get_text_config().vocab_size
+    return FLOAT * max(tokens * each, LOGITS * judged * vocabulary)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -3,6 +3,7 @@
 import psutil
 from torch import Tensor
 
+from ..compress.fidelity import CHUNK_ELEMENTS
 from ..moe.layer_stream import LayerStream
 from .prepare import Job
 from .verify import PROBES
@@ -13,6 +14,12 @@ LAYER_COPIES = 2
 """Experts are fused from single tensors while they are loaded, so a layer is there twice for a while."""
 LOGITS = 4
 """Of two models, as float32, and as logarithms."""
+FIDELITY_CHUNKS = 5
+"""Of log-probabilities at a time, while two models are compared."""
+KERNELS = 500_000_000
+"""That oneDNN makes on CPUs for matrices of half precision, one for each number of tokens, and keeps."""
+MARGIN = 1.2
+"""What allocators waste."""
 
 
 def check_memory(stream: LayerStream, job: Job) -> None:
@@ -34,13 +41,14 @@ def check_memory(stream: LayerStream, job: Job) -> None:
         "what lies outside of the layers": _bytes(stream.state_dict(None)),
         "a batch of text": _batch_bytes(stream, job),
         "Python and libraries": psutil.Process().memory_info().rss,
+        "kernels": KERNELS if stream.device.type == "cpu" and stream.dtype.itemsize < FLOAT else 0,
     }
-    needed = sum(parts.values())
+    needed = int(MARGIN * sum(parts.values()))
     if needed > size_in_bytes(limit):
         shown = ", ".join(f"{name} {size:,}" for name, size in parts.items())
         raise ValueError(
-            f"--memory-limit {limit} is too small: {needed:,} bytes are needed ({shown}); give that at "
-            "least, or a smaller --batch-size"
+            f"--memory-limit {limit} is too small: {needed:,} bytes are needed ({shown}, and a fifth that is "
+            "wasted); give that at least, or a smaller --batch-size"
         )
 
 
@@ -62,10 +70,11 @@ def _batch_bytes(stream: LayerStream, job: Job) -> int:
     """Of what the experts read, hold and give, and of the logits."""
     tokens = job.options.batch_size * job.texts.calibration.seq_len
     judged = tokens if job.options.report else PROBES * job.texts.calibration.seq_len
+    chunks = FIDELITY_CHUNKS * FLOAT * CHUNK_ELEMENTS if job.options.report else 0
     layers = [layer for index in range(len(stream)) for layer in stream.expert_layers(index)]
     each = max(layer.top_k * (2 * layer.hidden_size + 3 * layer.experts()[0].width) for layer in layers)
     vocabulary = stream.model.config.get_text_config().vocab_size
-    return FLOAT * max(tokens * each, LOGITS * judged * vocabulary)
+    return max(FLOAT * tokens * each, FLOAT * LOGITS * judged * vocabulary + chunks)
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

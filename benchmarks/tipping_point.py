@@ -104,7 +104,7 @@ def controlled(
 ) -> int | None:
     """The controller."""
     belief = believe(points, np.array(sizes) / whole, floor)
-    return decide(sizes, belief, risk=risk, whole=whole).experts
+    return decide(sizes, belief, risk=risk, whole=whole).size
 
 
 def rules(floor: float) -> dict[str, Rule]:

@@ -13,8 +13,8 @@ from ..moe.figure_style import AFTER, BAD, GRID, INK, MUTED, styled
 class GainStep:
     """One cut."""
 
-    experts: int
-    """Of each layer, afterwards."""
+    size: str
+    """Afterwards, in words: "9 experts", "rank 40"."""
     num_bytes: int
     """Of the model, afterwards."""
     risk: float
@@ -37,8 +37,10 @@ class GainMap:
     """Quality that had to stay."""
     risk: float
     """Probability of falling below it that was allowed."""
-    experts: Sequence[int]
-    """Sizes, the original first."""
+    sizes: Sequence[int]
+    """The original first."""
+    labels: Sequence[str]
+    """What they are called."""
     num_bytes: Sequence[int]
     """Of the model at each of them."""
     mean: Sequence[float]
@@ -49,11 +51,13 @@ class GainMap:
     steps: Sequence[GainStep]
     stop: str
     """Why no further cut was made."""
+    unit: str
+    """What the sizes are."""
 
     @property
     def tipping_point(self) -> int | None:
-        """Largest size that more probably lies below the floor than not; None if none does."""
-        return next((e for e, chance in zip(self.experts, self.crossing, strict=True) if chance > 0.5), None)
+        """Place of the largest size that more probably lies below the floor than not; None if none does."""
+        return next((place for place, chance in enumerate(self.crossing) if chance > 0.5), None)
 
 
 def gain_figure(gains: GainMap) -> Figure:
@@ -85,10 +89,10 @@ def gain_figure(gains: GainMap) -> Figure:
             place = (step.num_bytes / 1e6, step.quality)
             axes.annotate(str(number), place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
         if (point := gains.tipping_point) is not None:
-            place = size[list(gains.experts).index(point)]
+            place = size[point]
             axes.axvspan(size.min(), place, color=BAD, alpha=0.06, lw=0)
             axes.annotate(
-                f"tipping point\nprobably at {point}",
+                f"tipping point\nprobably at\n{gains.labels[point]}",
                 (place, gains.floor),
                 (-6, -8),
                 textcoords="offset points",
@@ -101,8 +105,8 @@ def gain_figure(gains: GainMap) -> Figure:
         axes.set_ylim(max(-0.05, lowest - 0.25), 1.06)
         above = axes.secondary_xaxis("top")
         shown = range(0, len(size), max(1, len(size) // 8))
-        above.set_xticks(size[list(shown)], [str(gains.experts[index]) for index in shown])
-        above.set_xlabel("experts of each layer", color=MUTED)
+        above.set_xticks(size[list(shown)], [str(gains.sizes[index]) for index in shown])
+        above.set_xlabel(gains.unit, color=MUTED)
         axes.set(xlabel="weights, MB", ylabel="quality (1: all that the context tells)")
         axes.grid(color=GRID, linewidth=0.5)
         axes.legend(loc="lower right", fontsize=8)

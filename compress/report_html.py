@@ -137,12 +137,12 @@ def _healing(rows: Sequence[HealingRow]) -> str:
 def _gains(gains: GainMap | None) -> str:
     if gains is None:
         return ""
-    head = ("Cut", "Experts", "Weights", "Risk of the floor", "Quality expected", "measured", "", "Why")
+    head = ("Cut", "To", "Weights", "Risk of the floor", "Quality expected", "measured", "", "Why")
     rows = [
         table_row(
             (
                 str(index),
-                str(cut.experts),
+                text(cut.size),
                 format_bytes(cut.num_bytes),
                 number(cut.risk, "{:.1%}"),
                 number(cut.expected, "{:.3f}"),

@@ -20,6 +20,8 @@ def with_preset(options: CompressOptions) -> CompressOptions:
         values = {name: value for name, value in values.items() if not name.startswith("heal")}
     if options.until_collapse_risk is not None:  # cuts every layer to the same number
         values.pop("grouping", None)
+    if options.take == "rank":  # and no expert goes
+        values.pop("method", None)
     if options.plan is not None:  # has settled these
         values.pop("method", None)
         values.pop("grouping", None)

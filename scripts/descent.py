@@ -8,7 +8,6 @@ from typing import Any
 from ..compress.gain_map import GainMap, GainStep
 from ..compress.plan import CompressionPlan
 from ..compress.tipping_point.controller import Belief
-from ..moe.footprint import Footprint
 from ..moe.statistics import RoutingStatistics
 from .healing import Healing
 
@@ -17,8 +16,8 @@ from .healing import Healing
 class Cut:
     """One step: what was decided, and what came of it."""
 
-    experts: int
-    """Of each layer, afterwards."""
+    size: int
+    """Afterwards: experts of each layer, or their rank."""
     risk: float
     expected: float
     reason: str
@@ -34,7 +33,7 @@ class Trail:
     information: float
     """Of the context, nats: the KL at which nothing of it is left."""
     whole: int
-    """Experts of each layer of the original."""
+    """Size of the original."""
     kept: dict[str, list[int]]
     """By layer, the experts of the original that are left."""
     cuts: list[Cut] = field(default_factory=list)
@@ -50,19 +49,19 @@ class Trail:
     """Why no further cut was made."""
 
     @property
-    def experts(self) -> int:
-        """Of each layer, at present."""
-        return len(next(iter(self.kept.values())))
+    def size(self) -> int:
+        """At present."""
+        return min((cut.size for cut in self.cuts if cut.is_kept), default=self.whole)
 
     @property
     def points(self) -> list[tuple[float, float]]:
         """Shares kept and qualities."""
-        return [(cut.experts / self.whole, cut.quality) for cut in self.cuts]
+        return [(cut.size / self.whole, cut.quality) for cut in self.cuts]
 
     @property
     def failed(self) -> int:
         """Largest size below the floor."""
-        return max((cut.experts for cut in self.cuts if not cut.is_kept), default=0)
+        return max((cut.size for cut in self.cuts if not cut.is_kept), default=0)
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
@@ -91,28 +90,31 @@ class Reached:
     trail: Trail
     belief: Belief
     """At all sizes, at the end."""
+    sizes: list[int]
+    """All of them, the whole first."""
+    labels: list[str]
+    """What they are called."""
+    unit: str
+    """What they are."""
+    num_bytes: list[int]
+    """Of the model at each."""
 
 
-def gain_map(reached: Reached, *, before: Footprint, floor: float, risk: float) -> GainMap:
+def gain_map(reached: Reached, *, floor: float, risk: float) -> GainMap:
     """For the report.
 
     Args:
         reached: Where a descent has ended.
-        before: Of the original.
         floor: Quality that had to stay.
         risk: That was allowed.
     """
     trail, belief = reached.trail, reached.belief
-    of_experts = before.bytes["experts"]
-    sizes = [round(share * trail.whole) for share in belief.kept]
-
-    def num_bytes(experts: int) -> int:
-        return before.total_bytes - of_experts * (trail.whole - experts) // trail.whole
-
+    labels = dict(zip(reached.sizes, reached.labels, strict=True))
+    num_bytes = dict(zip(reached.sizes, reached.num_bytes, strict=True))
     steps = [
         GainStep(
-            experts=cut.experts,
-            num_bytes=num_bytes(cut.experts),
+            size=labels[cut.size],
+            num_bytes=num_bytes[cut.size],
             risk=cut.risk,
             expected=cut.expected,
             quality=cut.quality,
@@ -124,11 +126,13 @@ def gain_map(reached: Reached, *, before: Footprint, floor: float, risk: float) 
     return GainMap(
         floor=floor,
         risk=risk,
-        experts=sizes,
-        num_bytes=[num_bytes(size) for size in sizes],
+        sizes=reached.sizes,
+        labels=reached.labels,
+        num_bytes=reached.num_bytes,
         mean=belief.mean.tolist(),
         deviation=belief.deviation.tolist(),
         crossing=belief.crossing.tolist(),
         steps=steps,
         stop=trail.stop,
+        unit=reached.unit,
     )

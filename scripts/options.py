@@ -109,7 +109,10 @@ class CompressOptions(CommonOptions):
     """Experts to keep in each MoE layer, one number each, instead of --experts."""
     until_collapse_risk: OptionalNumber = None
     """Instead of --experts: cut step by step, heal (--heal), measure, and stop where the next cut would fall
-    below --quality-floor with more than this probability. For methods that prune."""
+    below --quality-floor with more than this probability."""
+    take: Literal["experts", "rank"] = "experts"
+    """What that takes, cut by cut: experts, chosen by --method; or the rank of the matrices of all experts,
+    as --rank does at once, with --sparse-rows beside it."""
     quality_floor: float = 0.9
     """Of that: what is to be left of all that the original gets from the context, 1 for all of it."""
     collapse_store: OptionalPath = None

@@ -86,7 +86,7 @@ def prepare(options: CompressOptions, *, replace: bool = False) -> Job:
     layers = expert_layers(model)
     plan = None if options.plan is None else CompressionPlan.load(options.plan)
     if options.until_collapse_risk is not None:
-        check_descent_layers(layers)
+        check_descent_layers(layers, options)
     rule = low_rank_rule(options) if plan is None else plan.low_rank
     check_row_pruning(options, rule, is_sequential=is_sequential(options))
     if plan is None:
@@ -306,7 +306,7 @@ def low_rank_rule(options: CompressOptions) -> LowRankRule | None:
         ValueError: Numbers that cannot be, or a form that cannot hold factors.
     """
     if options.rank is None:
-        if options.sparse_rows:
+        if options.sparse_rows and options.take != "rank":
             raise ValueError("--sparse-rows is of low-rank experts; add --rank")
         return None
     if options.form == "stock":

@@ -209,7 +209,7 @@ def _gains(run: Run) -> GainMap | None:
     if run.reached is None or options.until_collapse_risk is None:
         return None
     floor, risk = options.quality_floor, options.until_collapse_risk
-    return gain_map(run.reached, before=run.before, floor=floor, risk=risk)
+    return gain_map(run.reached, floor=floor, risk=risk)
 
 
 def _descent(run: Run) -> dict[str, Any] | None:

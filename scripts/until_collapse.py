@@ -1,6 +1,7 @@
 """`moekit compress --until-collapse-risk`: cut, heal, measure, and stop before the tipping point."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..compress.apply import apply_plan
-from ..compress.layer_plan import keep_experts
-from ..compress.methods import METHODS
-from ..compress.plan import CompressionPlan, ModelIdentity
+from ..compress.plan import CompressionPlan
 from ..compress.retained_quality import context_information, retained_quality
 from ..compress.tipping_point.controller import (
     Belief,
@@ -22,15 +20,13 @@ from ..compress.tipping_point.controller import (
 )
 from ..moe.checkpoint import save_checkpoint
 from ..moe.discovery import expert_layers
-from ..moe.layer import ExpertLayer
-from ..moe.statistics import RoutingStatistics
-from .calibrate import record
 from .collapse_store import read_runs
-from .console import is_interactive, show, step
+from .console import show, step
+from .cuts import CUTS, Cuts
 from .descent import Cut, Reached, Trail
 from .heal import heal
 from .load import load_model
-from .planning import planner_options
+from .prediction import predict_footprint
 from .prepare import Job
 from .staging import Staging
 
@@ -50,16 +46,14 @@ class Descent:
         self.job, self.work = job, work
         self.model = model
         self.original = load_model(job.source, dtype=job.options.dtype, device=job.options.device)
-        self.identity = ModelIdentity.of(expert_layers(model))
-        self.top_k = max(layer.top_k for layer in expert_layers(model))
-        self.statistics = self._record(expert_layers(model))
+        self.cuts: Cuts = CUTS[job.options.take](job, model)
         self.path = work / STATE
         self.trail = self._resume()
 
     @property
     def sizes(self) -> list[int]:
         """The present one and all below it."""
-        return list(range(self.trail.experts, self.top_k - 1, -1))
+        return [size for size in self.cuts.sizes if size <= self.trail.size]
 
     def believe(self, sizes: list[int]) -> Belief:
         """Of qualities at some sizes."""
@@ -78,42 +72,42 @@ class Descent:
                 risk=risk,
                 whole=self.trail.whole,
                 failed=self.trail.failed,
+                told=self.cuts.told,
             )
-            if decision.experts is None:
+            if decision.size is None:
                 break
             self._cut(decision)
         self.trail.stop = decision.reason
-        show(f"stopped at {self.trail.experts} of {self.trail.whole} experts: {decision.reason}")
-        every = list(range(self.trail.whole, self.top_k - 1, -1))
+        show(f"stopped at {self._told(self.trail.size)}: {decision.reason}")
+        every = self.cuts.sizes
         return Reached(
             plan=self._plan(),
-            statistics=self.statistics,
+            statistics=self.cuts.statistics,
             trail=self.trail,
             belief=self.believe(every),
+            sizes=every,
+            unit=self.cuts.unit,
+            labels=[self.cuts.told(size) for size in every],
+            num_bytes=[predict_footprint(self.original, self.cuts.plan(s)).total_bytes for s in every],
         )
 
     def _cut(self, decision: Decision) -> None:
         """Make a cut, and keep it or take it back."""
-        job, experts = self.job, decision.experts
-        assert experts is not None
+        job, size = self.job, decision.size
+        assert size is not None
         step(f"Cutting to {decision.reason}")
-        layers = expert_layers(self.model)
-        said = planner_options(job.options) | {"experts": experts, "ratio": None, "grouping": "uniform"}
-        plan = METHODS[job.options.method](layers, self._record(layers), **said)
-        cores = {layer.name: layer.cores for layer in plan.layers}
-        report = apply_plan(self.model, plan)
-        healing = None
+        made = self.cuts.make(self.model, size, self.trail.kept)
+        self.model, healing = made.model, None
         if job.options.heal != "none":
-            folder = self.work / f"healing-{experts}"
+            folder = self.work / f"healing-{size}"
             healing = heal(job, self.model, folder)
             shutil.rmtree(folder, ignore_errors=True)
         quality = self._quality()
-        floor = job.options.quality_floor
-        is_kept = quality >= floor
+        is_kept = quality >= job.options.quality_floor
         said_of_it = "kept" if is_kept else "below the floor: back to the last good state"
-        show(f"{experts} of {self.trail.whole} experts: quality {quality:.3f} ({said_of_it})")
+        show(f"{self._told(size)}: quality {quality:.3f} ({said_of_it})")
         cut = Cut(
-            experts=experts,
+            size=size,
             risk=decision.risk,
             expected=decision.expected,
             reason=decision.reason,
@@ -122,18 +116,14 @@ class Descent:
         )
         self.trail.cuts.append(cut)
         if is_kept:
-            self.trail.merging, self.trail.healing = report, healing
-            self.trail.kept = {n: [kept[core] for core in cores[n]] for n, kept in self.trail.kept.items()}
+            self.trail.merging, self.trail.healing, self.trail.kept = made.report, healing, made.kept
             self._keep()
         else:
             self.trail.save(self.path)
             self.model = self._last_good()
 
-    def _record(self, layers: list[ExpertLayer]) -> RoutingStatistics:
-        blocks, progress = self.job.texts.calibration, is_interactive()
-        model = self.model
-        found = record(model, layers, blocks, self.job.options.batch_size, progress=progress)
-        return RoutingStatistics(layers=found.layers, fingerprint={"data": blocks.fingerprint})
+    def _told(self, size: int) -> str:
+        return f"{self.cuts.told(size)} (of {self.trail.whole})"
 
     def _quality(self) -> float:
         blocks, size = self.job.texts.held_out, self.job.options.batch_size
@@ -141,7 +131,7 @@ class Descent:
 
     def _keep(self) -> None:
         """Save a good state; what was good before goes once the new one counts."""
-        earlier, folder = self.trail.checkpoint, self.work / f"good-{self.trail.experts}"
+        earlier, folder = self.trail.checkpoint, self.work / f"good-{self.trail.size}"
         shutil.rmtree(folder, ignore_errors=True)
         save_checkpoint(self.model, folder)
         self.trail.checkpoint = folder.name
@@ -157,37 +147,28 @@ class Descent:
     def _resume(self) -> Trail:
         if self.path.is_file():
             self.trail = Trail.load(self.path)
-            show(f"going on at {self.trail.experts} of {self.trail.whole} experts")
+            show(f"going on at {self._told(self.trail.size)}")
             self.model = self._last_good()
             return self.trail
         options, layers = self.job.options, expert_layers(self.model)
-        earlier = read_runs(options.collapse_store, run_kind(self.job, self.identity.fingerprint))
+        earlier = read_runs(options.collapse_store, run_kind(self.job, self.cuts.identity.fingerprint))
         if earlier:
             show(f"expecting what {len(earlier)} earlier run(s) saw")
         return Trail(
             earlier=earlier,
             information=context_information(self.original, self.job.texts.held_out, options.batch_size),
-            whole=layers[0].num_experts,
+            whole=self.cuts.whole,
             kept={layer.name: list(range(layer.num_experts)) for layer in layers},
         )
 
     def _plan(self) -> CompressionPlan:
-        options, whole = self.job.options, self.trail.whole
-        planned = tuple(keep_experts(name, whole, self.top_k, kept) for name, kept in self.trail.kept.items())
-        return CompressionPlan(
-            model=self.identity,
-            method=options.method,
-            form=options.form,
-            router="slice",
-            layers=planned,
-            requested_experts=sum(layer.num_kept for layer in planned),
-            settings={
-                "grouping": "uniform",
-                "until_collapse_risk": options.until_collapse_risk,
-                "quality_floor": options.quality_floor,
-                "cuts": len(self.trail.cuts),
-            },
-        )
+        options, plan = self.job.options, self.cuts.plan(self.trail.size, self.trail.kept)
+        told = {
+            "until_collapse_risk": options.until_collapse_risk,
+            "quality_floor": options.quality_floor,
+            "cuts": len(self.trail.cuts),
+        }
+        return replace(plan, settings=plan.settings | told)
 
 
 def run_kind(job: Job, fingerprint: str) -> dict[str, Any]:
@@ -199,7 +180,8 @@ def run_kind(job: Job, fingerprint: str) -> dict[str, Any]:
     """
     options = job.options
     healing = [options.heal, options.heal_steps, options.heal_learning_rate]
-    return {"layers": fingerprint, "method": options.method, "healing": healing, "data": job.data}
+    taken = {"rank": options.sparse_rows} if options.take == "rank" else {"experts": options.method}
+    return {"layers": fingerprint, "taken": taken, "healing": healing, "data": job.data}
 
 
 def descend(job: Job, model: PreTrainedModel, staging: Staging) -> tuple[PreTrainedModel, Reached]:

@@ -8,7 +8,7 @@ uncertain, so it does not promise anything there. Dynamic programming over the c
 
 # N nodes of hyper-parameters, S sizes
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,8 +49,8 @@ class Belief:
 class Decision:
     """What to do next, and why."""
 
-    experts: int | None
-    """Size of the next cut; None to stop."""
+    size: int | None
+    """Of the next cut; None to stop."""
     risk: float
     """Probability that it falls below the floor; of the smallest cut when it is to stop."""
     expected: float
@@ -112,19 +112,21 @@ def decide(
     risk: float,
     whole: int,
     failed: int = 0,
+    told: Callable[[int], str] = "{} experts".format,
 ) -> Decision:
     """Choose the next cut.
 
     A cut is allowed if the probability that quality falls below the floor is at most `risk`. Of all ways down
     through allowed cuts, the one that is expected to save most is chosen: a cut that falls below the floor
-    saves nothing and ends the run, any cut costs as much as `STEP_COST` of the experts.
+    saves nothing and ends the run, any cut costs as much as `STEP_COST` of the whole.
 
     Args:
-        sizes: Numbers of experts, the present one first, then smaller ones.
+        sizes: Numbers of experts, or what else is cut, the present one first, then smaller ones.
         belief: Of each of them.
         risk: In [0, 1].
-        whole: Experts of the original.
+        whole: Size of the original.
         failed: Largest size that is known to lie below the floor.
+        told: A size in words.
 
     Raises:
         ValueError: A risk outside [0, 1], or sizes that do not fall from at most the whole.
@@ -152,27 +154,29 @@ def decide(
     if follow[0]:
         chosen = follow[0]
         chance, expected = float(belief.crossing[chosen]), float(belief.mean[chosen])
-        reason = f"{sizes[chosen]} experts: {expected:.3f} expected, below the floor with {chance:.1%}"
+        reason = f"{told(sizes[chosen])}: {expected:.3f} expected, below the floor with {chance:.1%}"
         if chosen + 1 < len(sizes):
             reason += f", {sizes[chosen + 1]} with {belief.crossing[chosen + 1]:.1%}"
-        return Decision(experts=sizes[chosen], risk=chance, expected=expected, reason=reason)
-    return _stopped(sizes, belief, risk, failed)
+        return Decision(size=sizes[chosen], risk=chance, expected=expected, reason=reason)
+    return _stopped(sizes, belief, risk, failed, told)
 
 
-def _stopped(sizes: Sequence[int], belief: Belief, risk: float, failed: int) -> Decision:
+def _stopped(
+    sizes: Sequence[int], belief: Belief, risk: float, failed: int, told: Callable[[int], str]
+) -> Decision:
     if len(sizes) < 2:
         return Decision(
-            experts=None, risk=0.0, expected=float(belief.mean[0]), reason="no fewer are possible"
+            size=None, risk=0.0, expected=float(belief.mean[0]), reason="nothing smaller is possible"
         )
     chance, expected = float(belief.crossing[1]), float(belief.mean[1])
     why = (
-        f"{sizes[1]} experts were tried and fell below the floor"
+        f"{told(sizes[1])}: tried, and below the floor"
         if sizes[1] <= failed
-        else f"{sizes[1]} experts would fall below the floor with {chance:.1%}, more than {risk:.1%}"
+        else f"{told(sizes[1])}: below the floor with {chance:.1%}, more than {risk:.1%}"
     )
     if sizes[1] > failed and chance <= risk and risk > 0:
         why = "no cut would save more than it costs"
-    return Decision(experts=None, risk=chance, expected=expected, reason=why)
+    return Decision(size=None, risk=chance, expected=expected, reason=why)
 
 
 def curve_of_runs(runs: Sequence[Mapping[float, float]]) -> Growth | None:

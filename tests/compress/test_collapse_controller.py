@@ -33,14 +33,14 @@ def descend(curve, risk: float, noise: float = 0.005) -> tuple[int, list[tuple[f
         sizes = list(range(here, 1, -1))
         belief = believe(points, np.array(sizes) / WHOLE, FLOOR)
         decision = decide(sizes, belief, risk=risk, whole=WHOLE, failed=failed)
-        if decision.experts is None:
+        if decision.size is None:
             return here, points
-        quality = min(1.0, curve(decision.experts / WHOLE) + noise * rng.standard_normal())
-        points.append((decision.experts / WHOLE, float(quality)))
+        quality = min(1.0, curve(decision.size / WHOLE) + noise * rng.standard_normal())
+        points.append((decision.size / WHOLE, float(quality)))
         if quality < FLOOR:
-            failed = max(failed, decision.experts)
+            failed = max(failed, decision.size)
         else:
-            here = decision.experts
+            here = decision.size
 
 
 def test_it_stops_before_the_cliff():
@@ -66,7 +66,7 @@ def test_more_risk_goes_down_in_fewer_cuts():
 def test_the_first_cut_needs_no_luck(whole, is_cut):
     sizes = list(range(whole, 1, -1))
     decision = decide(sizes, believe([], np.array(sizes) / whole, 0.9), risk=0.05, whole=whole)
-    assert (decision.experts is not None) is is_cut  # one of four experts is much
+    assert (decision.size is not None) is is_cut  # one of four experts is much
 
 
 def test_hyperparameters_are_averaged_as_by_a_walk():
@@ -161,14 +161,14 @@ def test_the_plan_with_most_expected_savings_is_chosen():
     chances = np.array([0.0, 0.01, 0.04, 0.9])
     belief = Belief(kept=np.array(sizes) / 8, mean=np.ones(4), deviation=np.ones(4), crossing=chances)
     # To 4 at once: 0.96 * 0.5 - 0.01 = 0.47. By 6: 0.99 * (0.25 + 0.96 * 0.25 - 0.01) - 0.01 = 0.465.
-    assert decide(sizes, belief, risk=0.05, whole=8).experts == 4
-    assert decide(sizes, belief, risk=0.02, whole=8).experts == 6
-    assert decide(sizes, belief, risk=0.05, whole=8, failed=4).experts == 6
+    assert decide(sizes, belief, risk=0.05, whole=8).size == 4
+    assert decide(sizes, belief, risk=0.02, whole=8).size == 6
+    assert decide(sizes, belief, risk=0.05, whole=8, failed=4).size == 6
     stopped = decide(sizes, belief, risk=0.005, whole=8)
-    assert stopped.experts is None
-    assert "6 experts would fall below the floor with 1.0%, more than 0.5%" in stopped.reason
+    assert stopped.size is None
+    assert "6 experts: below the floor with 1.0%, more than 0.5%" in stopped.reason
     last = believe([], np.array([0.25]), FLOOR)
-    assert decide([2], last, risk=0.5, whole=8).reason == "no fewer are possible"
+    assert decide([2], last, risk=0.5, whole=8).reason == "nothing smaller is possible"
 
 
 @pytest.mark.parametrize("risk", [-0.1, 1.1])
@@ -186,22 +186,24 @@ def test_points_that_are_none(point):
 
 def test_the_gain_map_shows_where_it_tips():
     steps = [
-        GainStep(experts=6, num_bytes=600, risk=0.01, expected=0.97, quality=0.98, is_kept=True),
-        GainStep(experts=4, num_bytes=400, risk=0.04, expected=0.93, quality=0.60, is_kept=False),
+        GainStep(size="6 experts", num_bytes=600, risk=0.01, expected=0.97, quality=0.98, is_kept=True),
+        GainStep(size="4 experts", num_bytes=400, risk=0.04, expected=0.93, quality=0.60, is_kept=False),
     ]
     gains = GainMap(
         floor=0.9,
         risk=0.05,
-        experts=[8, 6, 4, 2],
+        sizes=[8, 6, 4, 2],
+        labels=[f"{size} experts" for size in (8, 6, 4, 2)],
+        unit="experts of each layer",
         num_bytes=[800, 600, 400, 200],
         mean=[1.0, 0.97, 0.6, 0.2],
         deviation=[0.01] * 4,
         crossing=[0.0, 0.01, 0.99, 1.0],
         steps=steps,
-        stop="4 experts were tried and fell below the floor",
+        stop="4 experts: tried, and below the floor",
     )
-    assert gains.tipping_point == 4
+    assert gains.tipping_point == 2
     axes = gain_figure(gains).axes[0]
     words = [text.get_text() for text in axes.texts]
-    assert words == ["1", "2", "tipping point\nprobably at 4"]
+    assert words == ["1", "2", "tipping point\nprobably at\n4 experts"]
     assert {text.get_text() for text in axes.get_legend().get_texts()} >= {"kept", "taken back"}

@@ -62,11 +62,11 @@ def test_it_ends_above_the_floor_and_says_why(finished):
     assert all(cut["risk"] <= 0.3 for cut in found["cuts"])
     assert found["stop"]
     gains = found["gain_map"]
-    assert gains["experts"] == [8, 7, 6, 5, 4, 3, 2]
+    assert gains["sizes"] == [8, 7, 6, 5, 4, 3, 2]
     assert [step["quality"] for step in gains["steps"]] == [cut["quality"] for cut in found["cuts"]]
     assert all("below the floor with" in step["reason"] for step in gains["steps"])
     layers = expert_layers(load_model(str(finished)))
-    assert {layer.num_experts for layer in layers} == {kept[-1]["experts"]}
+    assert {layer.num_experts for layer in layers} == {kept[-1]["size"]}
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "How far it could be cut" in page
     assert not partial_folder(finished).exists()
@@ -89,7 +89,7 @@ def test_no_risk_stops_at_once(checkpoint, data, tmp_path, capsys):
     command = words(checkpoint, data, tmp_path / "out", "--no-report")
     command[command.index("--until-collapse-risk") + 1] = "0"
     assert cli.main(command) == 0
-    assert "stopped at 8 of 8 experts" in capsys.readouterr().out
+    assert "stopped at 8 experts (of 8)" in capsys.readouterr().out
     assert descent(tmp_path / "out")["cuts"] == []
 
 
@@ -136,8 +136,8 @@ def test_a_cut_that_went_too_far_is_taken_back(checkpoint, data, tmp_path, monke
     said = capsys.readouterr().out
     assert "back to the last good state" in said
     found = descent(tmp_path / "out")
-    lost = [cut["experts"] for cut in found["cuts"] if not cut["is_kept"]]
-    kept = [cut["experts"] for cut in found["cuts"] if cut["is_kept"]]
+    lost = [cut["size"] for cut in found["cuts"] if not cut["is_kept"]]
+    kept = [cut["size"] for cut in found["cuts"] if cut["is_kept"]]
     assert lost
     reached = expert_layers(load_model(str(tmp_path / "out")))[0].num_experts
     assert reached == (kept[-1] if kept else 8) > max(lost)
@@ -160,9 +160,9 @@ def test_runs_are_kept_for_later_ones(checkpoint, data, tmp_path, capsys):
     assert (
         read_runs(store, kind)
         == read_runs(store)
-        == [[(cut["experts"] / 8, cut["quality"]) for cut in descent(tmp_path / "one")["cuts"]]]
+        == [[(cut["size"] / 8, cut["quality"]) for cut in descent(tmp_path / "one")["cuts"]]]
     )
-    for other in ({"method": "ean"}, {"data": "other.jsonl"}, {"healing": ["kd", 9, None]}):
+    for other in ({"taken": {"experts": "ean"}}, {"data": "other.jsonl"}, {"healing": ["kd", 9, None]}):
         assert read_runs(store, kind | other) == []
     store.write_text(store.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
     add_run(store, kind, "m", [(0.5, 0.9)])
@@ -203,7 +203,7 @@ def test_a_store_that_changes_meanwhile_changes_nothing(checkpoint, data, tmp_pa
 
     def dying(self: until_collapse.Descent) -> float:
         nonlocal kind
-        kind = until_collapse.run_kind(self.job, self.identity.fingerprint)
+        kind = until_collapse.run_kind(self.job, self.cuts.identity.fingerprint)
         calls.append(1)
         if len(calls) > 1:
             raise KilledError
@@ -268,6 +268,103 @@ def test_what_is_refused(checkpoint, data, tmp_path, capsys, more, message):
     assert cli.main(words(checkpoint, data, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def rank_words(model: Path, data: Path, out: Path, *more: object) -> list[str]:
+    given = ["--data", data, "--out", out, "--until-collapse-risk", 0.3, "--take", "rank", *more]
+    return ["compress", str(model), *TEXT_OPTIONS, *map(str, given)]
+
+
+@pytest.fixture(scope="module")
+def of_lower_rank(checkpoint, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rank") / "out"
+    assert cli.main(rank_words(checkpoint, data, out, "--quality-floor", 0.5)) == 0
+    return out
+
+
+def test_rank_is_cut_too(of_lower_rank):
+    found = descent(of_lower_rank)
+    kept = [cut for cut in found["cuts"] if cut["is_kept"]]
+    assert kept
+    assert all(cut["quality"] >= 0.5 for cut in kept)
+    gains = found["gain_map"]
+    assert gains["unit"] == "rank of the experts' matrices"
+    assert gains["sizes"] == sorted(gains["sizes"], reverse=True)
+    assert gains["num_bytes"] == sorted(set(gains["num_bytes"]), reverse=True)
+    assert [step["size"] for step in gains["steps"]] == [f"rank {cut['size']}" for cut in found["cuts"]]
+    plan = CompressionPlan.load(of_lower_rank / "plan.json")
+    assert plan.low_rank is not None
+    assert plan.low_rank.rank == kept[-1]["size"]
+    assert all(layer.is_identity for layer in plan.layers)
+    at = gains["sizes"].index(kept[-1]["size"])
+    facts = json.loads((of_lower_rank / "run.json").read_text(encoding="utf-8"))["metrics"]["footprint"]
+    assert gains["num_bytes"][at] == sum(facts["after"]["bytes"].values())
+    assert f"rank {kept[-1]['size']}" in (of_lower_rank / "report.html").read_text(encoding="utf-8")
+
+
+def test_it_ends_with_what_one_cut_gives(of_lower_rank, checkpoint, data, tmp_path):
+    """Factors are of the original's matrices, and not of factors."""
+    rank = descent(of_lower_rank)["cuts"][-1]["size"]
+    given = ["--data", data, "--out", tmp_path / "out", "--ratio", 1, "--rank", rank, "--no-report"]
+    assert cli.main(["compress", str(checkpoint), *TEXT_OPTIONS, *map(str, given)]) == 0
+    mine, theirs = (load_file(out / "model.safetensors") for out in (of_lower_rank, tmp_path / "out"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+def test_cuts_of_rank_go_on_after_a_kill(of_lower_rank, checkpoint, data, tmp_path, monkeypatch):
+    command = rank_words(checkpoint, data, tmp_path / "out", "--quality-floor", 0.5)
+    own, calls = until_collapse.Descent._quality, []
+
+    def dying(self: until_collapse.Descent) -> float:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KilledError
+        return own(self)
+
+    monkeypatch.setattr(until_collapse.Descent, "_quality", dying)
+    with pytest.raises(KilledError):
+        cli.main(command)
+    monkeypatch.setattr(until_collapse.Descent, "_quality", own)
+    assert cli.main(command) == 0
+    assert descent(of_lower_rank)["cuts"] == descent(tmp_path / "out")["cuts"]
+
+
+def test_experts_first_and_then_rank(finished, data, tmp_path):
+    """A model that was cut already can be cut on."""
+    command = rank_words(finished, data, tmp_path / "out", "--quality-floor", 0.5, "--sparse-rows", 0.125)
+    assert cli.main([*command, "--heal", "router", "--heal-steps", "2", "--no-report"]) == 0
+    assert [cut for cut in descent(tmp_path / "out")["cuts"] if cut["is_kept"]]
+    layers = expert_layers(load_model(str(tmp_path / "out")))
+    assert {layer.num_experts for layer in layers} == {
+        len(expert_layers(load_model(str(finished)))[0].experts())
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--method", "reap"), "--take rank keeps all experts, so --method reap has none to choose"),
+        (("--form", "stock"), "--take rank needs --form moekit"),
+        (("--rank", 4), "--until-collapse-risk and --rank exclude each other"),
+        (("--sparse-rows", 1), "is not a share from 0 to below 1"),
+        (("--sparse-rows", 0.99), "no rank saves bytes beside --sparse-rows 0.99"),
+    ],
+)
+def test_cuts_of_rank_that_are_refused(checkpoint, data, tmp_path, capsys, more, message):
+    assert cli.main(rank_words(checkpoint, data, tmp_path / "out", *more)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_are_not_cut_again(of_lower_rank, data, tmp_path, capsys):
+    assert cli.main(rank_words(of_lower_rank, data, tmp_path / "out")) == 2
+    assert "are low-rank already" in capsys.readouterr().err
+
+
+def test_what_is_taken_belongs_to_a_descent(checkpoint, data, tmp_path, capsys):
+    command = ["compress", str(checkpoint), *TEXT_OPTIONS, "--data", str(data), "--experts", "4"]
+    assert cli.main([*command, "--out", str(tmp_path / "out"), "--take", "rank"]) == 2
+    assert "--take is of --until-collapse-risk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("risk", ["-0.1", "1.5", "nan"])

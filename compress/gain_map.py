@@ -25,8 +25,8 @@ class GainStep:
     """Quality that was measured, after healing."""
     is_kept: bool
     """Whether it stayed above the floor."""
-    reason: str = ""
-    """Why this cut, in words."""
+    further: str = ""
+    """The next smaller size and its risk, which was not allowed or not worth it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,9 @@ def gain_figure(gains: GainMap) -> Figure:
             axes.axvspan(size.min(), place, color=BAD, alpha=0.06, lw=0)
             axes.annotate(
                 f"tipping point\nprobably at\n{gains.labels[point]}",
-                (place, gains.floor),
+                (place, 1),
                 (-6, -8),
+                xycoords=axes.get_xaxis_transform(),
                 textcoords="offset points",
                 ha="right",
                 va="top",

@@ -137,7 +137,16 @@ def _healing(rows: Sequence[HealingRow]) -> str:
 def _gains(gains: GainMap | None) -> str:
     if gains is None:
         return ""
-    head = ("Cut", "To", "Weights", "Risk of the floor", "Quality expected", "measured", "", "Why")
+    head = (
+        "Cut",
+        "To",
+        "Weights",
+        "Risk of the floor",
+        "Quality expected",
+        "measured",
+        "",
+        "One step further",
+    )
     rows = [
         table_row(
             (
@@ -148,7 +157,7 @@ def _gains(gains: GainMap | None) -> str:
                 number(cut.expected, "{:.3f}"),
                 number(cut.quality, "{:.3f}"),
                 "kept" if cut.is_kept else "<span class='worse'>taken back</span>",
-                text(cut.reason),
+                text(cut.further),
             )
         )
         for index, cut in enumerate(gains.steps, 1)

@@ -154,8 +154,8 @@ class LayerStream(LayerWalk):
             self.model.__dict__.pop("_weight_conversions", None)
         if info.mismatched_keys or info.conversion_errors:
             fault = min(map(str, info.conversion_errors), default="")
-            for name, stored, wanted in info.mismatched_keys:
-                fault = f"{name!r} has shape {list(stored)}, and the config asks for {list(wanted)}"
+            for name, stored, asked in info.mismatched_keys:
+                fault = f"{name!r} has shape {list(stored)}, and the config asks for {list(asked)}"
             raise NotStreamableError(f"the checkpoint does not fit its config: {fault}")
 
 

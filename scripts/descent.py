@@ -21,6 +21,7 @@ class Cut:
     risk: float
     expected: float
     reason: str
+    further: str
     quality: float
     is_kept: bool
     """Whether quality stayed above the floor."""
@@ -119,7 +120,7 @@ def gain_map(reached: Reached, *, floor: float, risk: float) -> GainMap:
             expected=cut.expected,
             quality=cut.quality,
             is_kept=cut.is_kept,
-            reason=cut.reason,
+            further=cut.further,
         )
         for cut in trail.cuts
     ]

@@ -175,7 +175,7 @@ def report_content(run: Run) -> ReportContent:
     plan, options, measured = run.plan, run.options, run.measured
     parts = [part for part in PARTS if run.before.bytes[part] or run.after.bytes[part]]
     return ReportContent(
-        title=f"{short_name(options.model)}: {run.experts[0]} to {run.experts[1]} experts",
+        title=_title(run),
         model=options.model,
         method=plan.method,
         grouping=str(plan.settings.get("grouping", "as planned")),
@@ -202,6 +202,13 @@ def report_content(run: Run) -> ReportContent:
         is_healed=run.healing is not None,
         gains=_gains(run),
     )
+
+
+def _title(run: Run) -> str:
+    before, after = run.experts
+    kept = f"{before} to {after} experts" if before != after else f"{before} experts"
+    rank = "" if run.plan.low_rank is None else f" of rank {run.plan.low_rank.rank}"
+    return f"{short_name(run.options.model)}: {kept}{rank}"
 
 
 def _gains(run: Run) -> GainMap | None:

@@ -111,6 +111,7 @@ class Descent:
             risk=decision.risk,
             expected=decision.expected,
             reason=decision.reason,
+            further=decision.further,
             quality=quality,
             is_kept=is_kept,
         )

@@ -57,6 +57,8 @@ class Decision:
     """Quality that is expected of it."""
     reason: str
     """In words."""
+    further: str = ""
+    """The next smaller size, and the probability that it falls below the floor."""
 
 
 def believe(
@@ -155,9 +157,11 @@ def decide(
         chosen = follow[0]
         chance, expected = float(belief.crossing[chosen]), float(belief.mean[chosen])
         reason = f"{told(sizes[chosen])}: {expected:.3f} expected, below the floor with {chance:.1%}"
+        further = ""
         if chosen + 1 < len(sizes):
-            reason += f", {sizes[chosen + 1]} with {belief.crossing[chosen + 1]:.1%}"
-        return Decision(size=sizes[chosen], risk=chance, expected=expected, reason=reason)
+            further = f"{told(sizes[chosen + 1])}: {belief.crossing[chosen + 1]:.1%}"
+            reason += f" ({further})"
+        return Decision(size=sizes[chosen], risk=chance, expected=expected, reason=reason, further=further)
     return _stopped(sizes, belief, risk, failed, told)
 
 

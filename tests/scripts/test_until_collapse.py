@@ -64,7 +64,8 @@ def test_it_ends_above_the_floor_and_says_why(finished):
     gains = found["gain_map"]
     assert gains["sizes"] == [8, 7, 6, 5, 4, 3, 2]
     assert [step["quality"] for step in gains["steps"]] == [cut["quality"] for cut in found["cuts"]]
-    assert all("below the floor with" in step["reason"] for step in gains["steps"])
+    assert all("below the floor with" in cut["reason"] for cut in found["cuts"])
+    assert gains["steps"][0]["further"].startswith(f"{found['cuts'][0]['size'] - 1} experts: ")
     layers = expert_layers(load_model(str(finished)))
     assert {layer.num_experts for layer in layers} == {kept[-1]["size"]}
     page = (finished / "report.html").read_text(encoding="utf-8")

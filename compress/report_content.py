@@ -46,6 +46,8 @@ class LayerReport:
     """Experts that saw too few calibration tokens to be judged."""
     dead: Sequence[int] = ()
     """Experts that no calibration token was sent to."""
+    fate: str = "removed"
+    """Of the experts that are in no group; or "constant": replaced by their mean output."""
     entropy: float | None = None
     """Mean entropy of the router's distribution per token, nats, at most ln(E)."""
 

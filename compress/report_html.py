@@ -256,10 +256,11 @@ def _groups(layer: LayerReport, tree: Tree | None) -> str:
             continue
         members = " ".join((f"<b>{first}</b>", *map(str, others)))
         chips.append(f"<span class='chip g{colours[first]}'><span>{group}: {members}</span></span>")
-    for name, experts in (("alone", sorted(alone)), ("removed", layer.removed())):
+    rest = (("alone", "alone", sorted(alone)), ("removed", layer.fate, layer.removed()))
+    for kind, name, experts in rest:
         if experts:
             listed = " ".join(map(str, experts))
-            chips.append(f"<span class='chip {name}'><span>{name}: {listed}</span></span>")
+            chips.append(f"<span class='chip {kind}'><span>{name}: {listed}</span></span>")
     return f"<div class='groups'>{''.join(chips)}</div>"
 
 

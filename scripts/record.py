@@ -166,7 +166,8 @@ def layer_reports(plan: CompressionPlan, statistics: RoutingStatistics) -> list[
                 "entropy": known.entropy,
             }
         sizes = {"num_experts": layer.num_experts, "num_kept": layer.num_kept}
-        reports.append(LayerReport(name=layer.name, group_of=layer.group_of, **sizes, **measured))
+        fate = "constant" if plan.router == "constant" else "removed"
+        reports.append(LayerReport(name=layer.name, group_of=layer.group_of, fate=fate, **sizes, **measured))
     return reports
 
 

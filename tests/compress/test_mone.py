@@ -11,6 +11,7 @@ from moekit.moe.checkpoint import max_logit_difference, save_checkpoint
 from moekit.moe.footprint import footprint
 from moekit.moe.statistics import LayerStatistics, RoutingStatistics
 from moekit.scripts.prediction import predict_footprint
+from moekit.scripts.record import layer_reports
 from transformers import AutoModelForCausalLM
 
 from ..moe.samples import close, fresh_case, logits
@@ -143,3 +144,12 @@ def test_families_whose_experts_are_not_fused(family):
     table, _ = recorded(model, inputs)
     with pytest.raises(ValueError, match="are not fused as transformers fuses them"):
         METHODS["frequency"](expert_layers(model), table, experts=2, router="constant")
+
+
+def test_the_report_calls_them_constant():
+    model, inputs, _ = fresh_case("qwen3_moe")
+    plan, seen = planned(model, inputs, experts=4)
+    for planned_as, word in ((plan, "constant"), (replace(plan, router="slice"), "removed")):
+        reports = layer_reports(planned_as, seen["statistics"])
+        assert {report.fate for report in reports} == {word}
+        assert reports[0].removed() == plan.layers[0].removed

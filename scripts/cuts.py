@@ -56,6 +56,10 @@ class Cuts(Protocol):
         """A size in words."""
         ...
 
+    def share(self, size: int) -> float:
+        """Of the experts' bytes that is left at a size."""
+        ...
+
     def make(self, model: PreTrainedModel, size: int, kept: Mapping[str, Sequence[int]]) -> Made:
         """Cut to a size.
 
@@ -96,6 +100,10 @@ class ExpertCuts:
     def told(self, size: int) -> str:
         """In words."""
         return f"{size} experts"
+
+    def share(self, size: int) -> float:
+        """All experts are of one size."""
+        return size / self.whole
 
     def make(self, model: PreTrainedModel, size: int, kept: Mapping[str, Sequence[int]]) -> Made:
         """Judge the experts that are left anew, and drop the last of them."""
@@ -149,6 +157,11 @@ class RankCuts:
         """In words."""
         return f"rank {size}" if size < self.whole else "the whole matrices"
 
+    def share(self, size: int) -> float:
+        """That of the factors, and of the rows that stay beside them."""
+        rows = self.job.options.sparse_rows
+        return rows + (1 - rows) * size / self.whole
+
     def make(self, model: PreTrainedModel, size: int, kept: Mapping[str, Sequence[int]]) -> Made:
         """Factorise the original."""
         options = self.job.options
@@ -163,13 +176,13 @@ class RankCuts:
         layers = tuple(keep_experts(name, number, top_k) for name, (number, top_k) in self.top_k.items())
         return CompressionPlan(
             model=self.identity,
-            method=options.method,
+            method="low-rank",
             form=options.form,
             router="slice",
             layers=layers,
             low_rank=rule,
             requested_experts=sum(layer.num_kept for layer in layers),
-            settings={"grouping": "uniform"},
+            settings={},
         )
 
 

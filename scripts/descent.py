@@ -18,6 +18,8 @@ class Cut:
 
     size: int
     """Afterwards: experts of each layer, or their rank."""
+    share: float
+    """Of the experts' bytes that is left."""
     risk: float
     expected: float
     reason: str
@@ -57,7 +59,7 @@ class Trail:
     @property
     def points(self) -> list[tuple[float, float]]:
         """Shares kept and qualities."""
-        return [(cut.size / self.whole, cut.quality) for cut in self.cuts]
+        return [(cut.share, cut.quality) for cut in self.cuts]
 
     @property
     def failed(self) -> int:

@@ -9,7 +9,7 @@ from ..moe.low_rank import is_low_rank
 from .collapse_store import check_store
 from .compress_presets import USUAL
 from .low_rank_sizes import first_saving_rank, rank_sizes
-from .options import CompressOptions
+from .options import METHOD_OPTIONS, CompressOptions, flag
 
 
 def check_descent(options: CompressOptions) -> None:
@@ -23,8 +23,7 @@ def check_descent(options: CompressOptions) -> None:
     if options.until_collapse_risk is None:
         for name in ("quality_floor", "collapse_store", "take"):
             if getattr(options, name) != getattr(defaults, name):
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is of --until-collapse-risk; add that, or leave it out")
+                raise ValueError(f"{flag(name)} is of --until-collapse-risk; add that, or leave it out")
         return
     if not 0 <= options.until_collapse_risk <= 1:
         raise ValueError(
@@ -64,10 +63,12 @@ def check_descent(options: CompressOptions) -> None:
 
 
 def _check_rank(options: CompressOptions) -> None:
-    if options.method != USUAL["method"]:
-        raise ValueError(
-            f"--take rank keeps all experts, so --method {options.method} has none to choose; leave it out"
-        )
+    defaults = CompressOptions(model=options.model, method=USUAL["method"])
+    for name in ("method", *METHOD_OPTIONS, "protect"):
+        if getattr(options, name) != getattr(defaults, name):
+            raise ValueError(
+                f"--take rank keeps all experts, so there is nothing for {flag(name)} to decide; leave it out"
+            )
     if options.form == "stock":
         raise ValueError("--take rank needs --form moekit; the stock form has no low-rank experts")
     if not 0 <= options.sparse_rows < 1:

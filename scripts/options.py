@@ -334,6 +334,10 @@ class TrainOptions(TrainingOptions, SlimmableOptions):
     weights."""
 
 
+METHOD_OPTIONS = ("grouping", "similarity", "weighting", "alignment", "reference", "router")
+"""Of `CompressOptions`, what a method of compression may be told."""
+
+
 def flag(name: str) -> str:
     """How an option is written on the command line."""
     return "--" + name.replace("_", "-")

@@ -29,7 +29,7 @@ from .compress_presets import with_preset
 from .descent_checks import check_descent, check_descent_layers
 from .healing import check_healing, check_row_pruning
 from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
-from .options import CompressOptions
+from .options import METHOD_OPTIONS, CompressOptions
 from .processes import Processes, join_processes
 from .sequential import check_sequential
 from .staging import check_output
@@ -37,7 +37,6 @@ from .staging import check_output
 SAMPLE_FILE = "sample.jsonl"
 """Text that the bundled model was not trained on."""
 PLAN_FILE = "plan.json"
-METHOD_OPTIONS = ("grouping", "similarity", "weighting", "alignment", "reference", "router")
 PLANNED = (
     "method",
     "form",

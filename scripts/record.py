@@ -106,7 +106,7 @@ def find_warnings(
         "adaptive",
         "sensitivity",
     )
-    if few and reads_use:
+    if few and reads_use and any(not layer.is_identity for layer in plan.layers):
         total = sum(layer.num_experts for layer in statistics.layers.values())
         found.append(
             f"{few} of {total} experts were chosen by fewer than {MIN_TOKENS} calibration tokens, too few to "

@@ -57,7 +57,7 @@ class Descent:
 
     def believe(self, sizes: list[int]) -> Belief:
         """Of qualities at some sizes."""
-        options, kept = self.job.options, np.array(sizes) / self.trail.whole
+        options, kept = self.job.options, np.array([self.cuts.share(size) for size in sizes])
         before = curve_of_runs([dict(points) for points in self.trail.earlier])
         return believe(self.trail.points, kept, options.quality_floor, before=before)
 
@@ -108,6 +108,7 @@ class Descent:
         show(f"{self._told(size)}: quality {quality:.3f} ({said_of_it})")
         cut = Cut(
             size=size,
+            share=self.cuts.share(size),
             risk=decision.risk,
             expected=decision.expected,
             reason=decision.reason,

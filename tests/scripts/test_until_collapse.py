@@ -296,6 +296,7 @@ def test_rank_is_cut_too(of_lower_rank):
     plan = CompressionPlan.load(of_lower_rank / "plan.json")
     assert plan.low_rank is not None
     assert plan.low_rank.rank == kept[-1]["size"]
+    assert plan.method == "low-rank"
     assert all(layer.is_identity for layer in plan.layers)
     at = gains["sizes"].index(kept[-1]["size"])
     facts = json.loads((of_lower_rank / "run.json").read_text(encoding="utf-8"))["metrics"]["footprint"]
@@ -334,7 +335,10 @@ def test_experts_first_and_then_rank(finished, data, tmp_path):
     """A model that was cut already can be cut on."""
     command = rank_words(finished, data, tmp_path / "out", "--quality-floor", 0.5, "--sparse-rows", 0.125)
     assert cli.main([*command, "--heal", "router", "--heal-steps", "2", "--no-report"]) == 0
-    assert [cut for cut in descent(tmp_path / "out")["cuts"] if cut["is_kept"]]
+    cuts = [cut for cut in descent(tmp_path / "out")["cuts"] if cut["is_kept"]]
+    facts = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["metrics"]["footprint"]
+    left = facts["after"]["bytes"]["experts"] / facts["before"]["bytes"]["experts"]
+    assert cuts[-1]["share"] == pytest.approx(left, abs=0.05)
     layers = expert_layers(load_model(str(tmp_path / "out")))
     assert {layer.num_experts for layer in layers} == {
         len(expert_layers(load_model(str(finished)))[0].experts())
@@ -344,7 +348,9 @@ def test_experts_first_and_then_rank(finished, data, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--method", "reap"), "--take rank keeps all experts, so --method reap has none to choose"),
+        (("--method", "reap"), "--take rank keeps all experts, so there is nothing for --method to decide"),
+        (("--alignment", "activations"), "nothing for --alignment to decide"),
+        (("--no-protect",), "nothing for --protect to decide"),
         (("--form", "stock"), "--take rank needs --form moekit"),
         (("--rank", 4), "--until-collapse-risk and --rank exclude each other"),
         (("--sparse-rows", 1), "is not a share from 0 to below 1"),

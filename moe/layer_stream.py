@@ -57,7 +57,7 @@ class LayerStream(LayerWalk):
         quantizer: Any = None,
     ) -> None:
         super().__init__(model)
-        if (kind := model.config.model_type) in CARRY_MORE:
+        if (kind := model.config.model_type.removesuffix("_text")) in CARRY_MORE:
             raise NotStreamableError(
                 f"decoder layers of {kind!r} models hand on more than hidden states, so they cannot be run "
                 "one by one: compress it in memory (leave --stream out)"

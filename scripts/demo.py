@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import compress
+from .compress_presets import with_preset
 from .options import CommonOptions, CompressOptions, DemoOptions
 from .prepare import SAMPLE_FILE, bundled_folder
 from .record import read_run_file
@@ -52,7 +53,7 @@ def run(options: DemoOptions) -> Path | None:
     out = options.out or (RL_OUT if is_rl else OUT)
     # Beside the result, so that both can be looked at.
     compressed = out.with_name(f"{out.name}-compressed") if is_rl else out
-    job = CompressOptions(
+    given = CompressOptions(
         model=str(bundled),
         out=compressed,
         ratio=SHARE,
@@ -62,6 +63,7 @@ def run(options: DemoOptions) -> Path | None:
         eval_tokens=EVAL_TOKENS,
         debug=options.debug,
     )
+    job = with_preset(given)  # as it will be recorded
     return _carry_out_rl(job, out) if is_rl else _carry_out(job, out, compress.run)
 
 

@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from .layer_walk import CARRY_MORE, NUMBERED, LayerWalk, NotStreamableError
+from .layer_walk import NUMBERED, LayerWalk, NotStreamableError
 
 
 class LayerStream(LayerWalk):
@@ -43,8 +43,7 @@ class LayerStream(LayerWalk):
         quantizer: Of transformers, which makes ordinary weights of the stored ones, where it is needed.
 
     Raises:
-        NotStreamableError: The expert layers are not all in one list of decoder layers, or these hand on more
-            than hidden states.
+        NotStreamableError: The expert layers are not all in one list of decoder layers.
     """
 
     def __init__(
@@ -57,11 +56,6 @@ class LayerStream(LayerWalk):
         quantizer: Any = None,
     ) -> None:
         super().__init__(model)
-        if (kind := model.config.model_type.removesuffix("_text")) in CARRY_MORE:
-            raise NotStreamableError(
-                f"decoder layers of {kind!r} models hand on more than hidden states, so they cannot be run "
-                "one by one: compress it in memory (leave --stream out)"
-            )
         self.dtype, self.device = dtype, device
         self._mapping: Any = get_model_conversion_mapping(model, None, quantizer)
         self._quantizer = quantizer
@@ -217,7 +211,9 @@ def _fill_buffers(model: Any, module: nn.Module, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False)
         if buffer.device.type == "meta" and name in module._non_persistent_buffers_set
     ]
-    if lost and not any(True for _ in module.named_parameters(recurse=False)):
+    loaded = (p for p in module.parameters(recurse=False) if p.device.type != "meta")
+    # What transformers has loaded it does not initialise again.
+    if lost and all(getattr(parameter, "_is_hf_initialized", False) for parameter in loaded):
         for name in lost:
             module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
         model._init_weights(module)

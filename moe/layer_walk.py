@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .discovery import expert_layers
@@ -22,17 +23,16 @@ NUMBERED = re.compile(r"^(.*?)\.(\d+)(\.|$)")
 """List, index and rest of the name of a module in a list."""
 
 
-CARRY_MORE = frozenset({"glm5_next", "glm_moe_dsa", "hy_v4", "mistral_large4", "zaya"})
-"""Model types whose decoder layers hand on more than hidden states (residuals, chosen positions), so that
-they cannot be run one by one; `is_faithful` says so of every one of them."""
-
-
 class NotStreamableError(ValueError):
     """A model whose layers cannot be run one by one."""
 
 
 class _ReachedError(Exception):
     """Leaves a forward once the wanted layer has run."""
+
+
+class _EntangledError(Exception):
+    """A layer was not handed what the one before it gave."""
 
 
 class LayerWalk:
@@ -54,6 +54,7 @@ class LayerWalk:
         self.model = model
         self.path = _list_path(model)
         self.layers: Any = model.get_submodule(self.path)
+        self._is_in_layer = False
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -84,7 +85,9 @@ class LayerWalk:
 
         def run(first: Any, *args: Any, **kwargs: Any) -> Any:
             reached = hidden()
+            self._is_in_layer = True
             output = own(first if reached is None else reached, *args, **kwargs)
+            self._is_in_layer = False
             given.append(output[0] if isinstance(output, tuple) else output)
             raise _ReachedError
 
@@ -100,16 +103,78 @@ class LayerWalk:
         Raises:
             NotStreamableError: The model's layers do not run in order, or not without those before them.
         """
+        self._is_in_layer = False
         try:
             self.model(**{**inputs, "use_cache": False})
         except _ReachedError:
             return
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-            raise NotStreamableError(
-                f"the decoder layers of {type(self.model).__name__} cannot be run one by one ({error}); "
-                "compress it in memory"
-            ) from error
-        raise NotStreamableError(f"{type(self.model).__name__} did not run its decoder layers in order")
+        # A model may do anything with what its layers did not give as they always do.
+        except Exception as error:
+            if self._is_in_layer:
+                raise
+            raise self._entangled() from error
+        raise self._entangled()
+
+    def check(self, inputs: Mapping[str, Any]) -> int:
+        """Refuse a model whose layers pass on more than hidden states; no layer is run, or needs weights.
+
+        The model's own forward runs with stand-ins for its layers, twice: each must be handed the very tensor
+        that the one before gave, and beside it the same, whatever that tensor holds.
+
+        Args:
+            inputs: Arguments of the model, for one small batch.
+
+        Returns:
+            Bytes of the hidden states that a layer hands on for it.
+
+        Raises:
+            NotStreamableError: Names the family.
+        """
+        # Such layers read what others have put into a common table.
+        if any(getattr(module, "is_kv_shared_layer", False) for module in self.layers.modules()):
+            raise self._entangled()
+        try:
+            size, beside = self._handed(inputs, torch.clone)
+            _, again = self._handed(inputs, torch.ones_like)
+            equal = len(beside) == len(again) and all(map(torch.equal, beside, again))
+        except Exception as error:  # as in `run`
+            raise self._entangled() from error
+        if not equal:
+            raise self._entangled()
+        return size
+
+    @torch.no_grad()
+    def _handed(
+        self, inputs: Mapping[str, Any], give: Callable[[Tensor], Tensor]
+    ) -> tuple[int, list[Tensor]]:
+        """Bytes of hidden states, and what layers get beside them, where `give` makes what they give."""
+        given: list[Tensor] = []
+        beside: list[Tensor] = []
+
+        def stand_in(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if given and first is not given[-1]:
+                raise _EntangledError
+            beside.extend(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            given.append(give(first))
+            if len(given) == len(self):
+                raise _ReachedError
+            return given[-1]
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(_with_forward(layer, stand_in))
+            try:
+                self.model(**{**inputs, "use_cache": False})
+            except _ReachedError:
+                return given[-1].nbytes, beside
+        raise _EntangledError
+
+    def _entangled(self) -> NotStreamableError:
+        return NotStreamableError(
+            f"{type(self.model).__name__} ({self.model.config.model_type}) cannot be run one decoder layer "
+            "at a time: its layers pass on more than hidden states, so leave out --stream to compress it in "
+            "memory"
+        )
 
     def logits(self, inputs: Mapping[str, Any], hidden_BSD: Tensor) -> Tensor:
         """What the model says when its last decoder layer gives these hidden states.
@@ -191,6 +256,6 @@ def _list_path(model: PreTrainedModel) -> str:
     if len(paths) != 1 or not isinstance(model.get_submodule(min(paths, default="")), nn.ModuleList):
         raise NotStreamableError(
             f"the expert layers of {type(model).__name__} are not in one list of decoder layers "
-            f"({', '.join(sorted(paths)) or 'none'}); compress it in memory"
+            f"({', '.join(sorted(paths)) or 'none'}); leave out --stream to compress it in memory"
         )
     return paths.pop()

@@ -94,6 +94,8 @@ def compress_streamed(job: Job, staging: Staging) -> Streamed | None:
     check_memory(stream, job)
     stream.load_outside()
     check_finite(stream.state_dict(None).items(), job.source.name)
+    with evaluating(model):
+        stream.check(model_inputs(model, next(job.texts.calibration.batches(1))))
     walk = _Walk(job, stream, staging)
     step(f"Reading {job.texts.calibration.num_tokens:,} tokens, layer by layer")
     with evaluating(model), torch.no_grad():

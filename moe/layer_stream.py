@@ -107,13 +107,11 @@ class LayerStream(LayerWalk):
 
     def drop(self, index: int) -> None:
         """Forget a decoder layer's weights; its shapes stay."""
-        for module in self.layers[index].modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                if buffer.is_floating_point():
-                    module._buffers[name] = buffer.to("meta")
-        give_back_memory()
+        _empty(self.layers[index])
+
+    def drop_all(self) -> None:
+        """Forget every weight that is loaded, those outside of the layers too."""
+        _empty(self.model)
 
     def state_dict(self, index: int | None) -> dict[str, Tensor]:
         """Tensors of a decoder layer, or of all that is outside of them, by their names in the model."""
@@ -189,6 +187,16 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def _empty(part: nn.Module) -> None:
+    for module in part.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                module._buffers[name] = buffer.to("meta")
+    give_back_memory()
 
 
 def _same_end(path: str, stored: set[str]) -> str:

@@ -135,12 +135,15 @@ class _Walk:
             self.done = state["done"]
             self.plans = [CompressionPlan.from_json(text) for text in state["plans"]]
             self.merging = state["merging"]
+            if self.judge is not None:
+                self.judge.digests = state["digests"]
             show(f"going on after decoder layer {self.done} of {len(self.stream)}")
 
     def _keep(self, index: int) -> None:
         path = self.staging.work / STATE
         plans = [plan.to_json() for plan in self.plans]
-        state = {"done": index + 1, "plans": plans, "merging": self.merging}
+        digests = None if self.judge is None else self.judge.digests
+        state = {"done": index + 1, "plans": plans, "merging": self.merging, "digests": digests}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(state), encoding="utf-8")
         temporary.replace(path)
@@ -207,6 +210,8 @@ class _Walk:
     def _write(self, index: int | None) -> None:
         """A decoder layer, or all that lies outside, under the names of the checkpoint."""
         model = self.stream.model
+        if self.judge is not None:
+            self.judge.note(index)
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         own = {name: tensor for name, tensor in self.stream.state_dict(index).items() if name not in tied}
         tensors = revert_weight_conversion(model, own)
@@ -241,16 +246,16 @@ class _Walk:
         plan.save(output / PLAN_FILE)
         statistics.save(output / STATISTICS_FOLDER / FILE_NAME)
         assert self.judge is not None  # in the main process
+        measured, after = self.judge.measure(), footprint(model, expert_layers(model))
         step("Reading the checkpoint back, layer by layer")
-        difference = self.judge.verify(output)
         return Streamed(
-            measured=self.judge.measure(),
-            reload_difference=difference,
+            measured=measured,
+            reload_difference=self.judge.verify(output),
             plan=plan,
             statistics=statistics,
             form=form,
             before=self.before,
-            after=footprint(model, expert_layers(model)),
+            after=after,
             merging=self.merging,
             model_class=type(model).__name__,
         )

@@ -14,7 +14,9 @@ from .calibrate import model_inputs
 from .checkpoint_files import weight_files
 from .load import ModelSource, open_source, skeleton
 from .measure import Measurements
-from .verify import PROBES, check_difference
+from .verify import PROBES, check_difference, check_digests, digests
+
+OUTSIDE = "outside"
 
 
 class StreamJudge:
@@ -38,6 +40,12 @@ class StreamJudge:
         self.original = HiddenFiles(folder / "original") if compares else None
         self.compressed = HiddenFiles(folder / "compressed")
         self.folder = folder
+        self.digests: dict[str, dict[str, str]] = {}
+        """By part, a layer's number or `OUTSIDE`, of the tensors that are to be read back."""
+
+    def note(self, index: int | None) -> None:
+        """Remember a layer's tensors, or those outside of the layers, as they are now."""
+        self.digests[_part(index)] = digests(self.stream.state_dict(index))
 
     def before(self, index: int) -> None:
         """Read a layer that is loaded, as it was."""
@@ -68,7 +76,9 @@ class StreamJudge:
         return Measurements(fidelity=sums.report(self.blocks), generation=(), throughput=())
 
     def verify(self, output: Path) -> float:
-        """Read the written checkpoint back, layer by layer, and compare what it says of the first batch.
+        """Read the written checkpoint back, layer by layer: its tensors, and what it says of the first batch.
+
+        The model in memory is forgotten, to have room.
 
         Args:
             output: Its folder.
@@ -77,10 +87,10 @@ class StreamJudge:
             The largest difference of a logit relative to the largest logit.
 
         Raises:
-            VerificationError: It is more than rounding.
-            ValueError: A tensor is missing, or is NaN or infinite.
+            VerificationError: It is more than rounding, or a tensor is missing, added or changed.
         """
         expected_BSV = self.stream.logits(self.inputs[0], self.compressed.read(len(self.stream), 0))
+        self.stream.drop_all()
         found_BSV = self._read_back(open_source(str(output)))
         difference = logit_difference(expected_BSV, found_BSV)
         check_difference(difference, self.stream.dtype)
@@ -93,10 +103,16 @@ class StreamJudge:
         hidden = HiddenFiles(self.folder / "read back")
         with evaluating(model), torch.no_grad():
             again.load_outside()
+            check_digests(self.digests[_part(None)], digests(again.state_dict(None)))
             inputs = self.inputs[:1]
             for index in range(len(again)):
                 again.load(index)
+                check_digests(self.digests[_part(index)], digests(again.state_dict(index)))
                 again.push(index, inputs, hidden)
                 again.drop(index)
                 hidden.forget(index)
             return again.logits(inputs[0], hidden.read(len(again), 0))
+
+
+def _part(index: int | None) -> str:
+    return OUTSIDE if index is None else str(index)

@@ -246,23 +246,44 @@ def test_large_layers_are_written_in_shards(checkpoint, data, tmp_path):
         assert index["metadata"]["total_size"] == tensor_bytes(out)
 
 
-def test_a_checkpoint_that_changed_on_the_disk_is_refused(checkpoint, data, tmp_path, monkeypatch, capsys):
-    """What is read back is what was in memory, or the run fails."""
-    own = stream.write_index
+@pytest.mark.parametrize("part", ["model.layers.1.", "lm_head."])
+@pytest.mark.parametrize("change", [1.0, 1e-6])
+def test_a_checkpoint_that_changed_on_the_disk_is_refused(
+    part, change, checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    """What is read back is what was in memory, bit for bit, or the run fails."""
+    own, changed = stream.write_index, []
 
     def damaged(parts: Path, folder: Path) -> None:
         own(parts, folder)
-        file = sorted(folder.glob("model-*.safetensors"))[0]
-        tensors = load_file(file)
-        name = next(name for name in tensors if name.endswith("down_proj.weight") or "down_proj" in name)
-        tensors[name] = tensors[name] * 1.5
-        file.unlink()
-        save_file(tensors, file, metadata={"format": "pt"})
+        for file in sorted(folder.glob("model-*.safetensors")):
+            tensors = load_file(file)
+            if names := [name for name in tensors if name.startswith(part)]:
+                changed.append(names[-1])
+                tensors[names[-1]].view(-1)[-1] += change
+                file.unlink()
+                save_file(tensors, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(stream, "write_index", damaged)
     assert compress(checkpoint, data, tmp_path / "out", "--stream", "--method", "reap") == 2
-    assert "the checkpoint read back gives other logits" in capsys.readouterr().err
+    assert f"tensor '{changed[0]}' was changed by writing and reading it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dtype", "bfloat16"),
+        ("--rank", 4, "--router", "constant", "--dtype", "bfloat16"),
+        ("--form", "stock"),
+        ("--sequential", "on", "--batch-size", 3),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_every_way_is_read_back(options, checkpoint, data, tmp_path):
+    assert compress(checkpoint, data, tmp_path / "out", "--stream", "--method", "reap", *options) == 0
+    found = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["metrics"]
+    assert 0 <= found["reload_logit_difference"] < 1e-2
 
 
 def test_files_that_lack_a_tensor(data, tmp_path, capsys):

@@ -47,7 +47,6 @@ from .record import (
 from .shared_folder import shared_folder
 from .staging import Staging
 from .stream import compress_streamed
-from .stream_checks import flowing_bytes
 from .until_collapse import descend, run_kind
 from .verify import verify_reload
 
@@ -305,7 +304,7 @@ def _compress(job: Job, staging: Staging) -> Run | None:
         reached=made.reached,
         data=job.data,
         warnings=find_warnings(made.plan, made.statistics, foretold=made.after.total_bytes, written=written)
-        + size_warnings(**sizes, dtypes=_dtypes(job, reloaded)),
+        + size_warnings(**sizes, dtypes=_dtypes(job, reloaded.dtype)),
     )
     _write_records(finished, output)
     return finished
@@ -326,12 +325,12 @@ def _stream(job: Job, staging: Staging) -> Run | None:
     """Do the work one decoder layer at a time; None in other processes than the main one."""
     options, output = job.options, staging.output
     source_bytes = tensor_bytes(job.source.folder)
-    staging.reserve(source_bytes + flowing_bytes(job))
     done = compress_streamed(job, staging)
     if done is None:
         return None
     carry_over(job.source.folder, output)
     written = tensor_bytes(output)
+    sizes = {"source": source_bytes, "loaded": done.before.total_bytes, "written": written}
     finished = Run(
         options=options,
         model_class=done.model_class,
@@ -349,16 +348,17 @@ def _stream(job: Job, staging: Staging) -> Run | None:
         healing=None,
         reached=None,
         data=job.data,
-        warnings=find_warnings(done.plan, done.statistics, foretold=done.after.total_bytes, written=written),
+        warnings=find_warnings(done.plan, done.statistics, foretold=done.after.total_bytes, written=written)
+        + size_warnings(**sizes, dtypes=_dtypes(job, done.dtype)),
     )
     _write_records(finished, output)
     return finished
 
 
-def _dtypes(job: Job, result: PreTrainedModel) -> tuple[str, str]:
+def _dtypes(job: Job, result: torch.dtype) -> tuple[str, str]:
     """Names of the original's type, as far as its config says, and of the result's."""
-    stored = job.source.config.dtype or result.dtype
-    return str(stored).removeprefix("torch."), str(result.dtype).removeprefix("torch.")
+    stored = job.source.config.dtype or result
+    return str(stored).removeprefix("torch."), str(result).removeprefix("torch.")
 
 
 def _write_records(finished: Run, output: Path) -> None:

@@ -63,6 +63,11 @@ class Staging:
         if _free_bytes(self.folder) < self.needed_bytes:
             raise DiskFullError(_disk_full(self))
 
+    def discard(self) -> None:
+        """Remove all that was done, where nothing could go on with it."""
+        for part in (self.output, self.work):
+            shutil.rmtree(part, ignore_errors=True)
+
 
 def check_output(out: Path, *, replace: bool = False) -> None:
     """Refuse a target that would be overwritten.

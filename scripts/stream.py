@@ -39,7 +39,7 @@ from .quantised import dequantiser, told
 from .record import STATISTICS_FOLDER
 from .sequential import joined_plan
 from .staging import Staging
-from .stream_checks import check_memory
+from .stream_checks import check_memory, reserve_disk
 from .stream_judge import StreamJudge
 
 STATE = "stream.json"
@@ -57,6 +57,7 @@ class Streamed:
     merging: dict[str, dict[str, Any]]
     """By layer, from `apply_layer`."""
     model_class: str
+    dtype: torch.dtype
     measured: Measurements | None
     reload_difference: float
 
@@ -95,13 +96,21 @@ def compress_streamed(job: Job, staging: Staging) -> Streamed | None:
     stream.load_outside()
     check_finite(stream.state_dict(None).items(), job.source.name)
     with evaluating(model):
-        stream.check(model_inputs(model, next(job.texts.calibration.batches(1))))
+        block_bytes = stream.check(model_inputs(model, next(job.texts.calibration.batches(1))))
     walk = _Walk(job, stream, staging)
+    reserve_disk(staging, job, model_bytes=walk.before.total_bytes, block_bytes=block_bytes)
     step(f"Reading {job.texts.calibration.num_tokens:,} tokens, layer by layer")
-    with evaluating(model), torch.no_grad():
-        for index in tqdm(range(len(stream)), "layers", unit="layer", disable=not is_interactive()):
-            walk.layer(index)
-        return walk.finish() if job.processes.is_main else None
+    try:
+        with evaluating(model), torch.no_grad():
+            for index in tqdm(range(len(stream)), "layers", unit="layer", disable=not is_interactive()):
+                walk.layer(index)
+            return walk.finish() if job.processes.is_main else None
+    except BaseException as error:
+        # What is refused now would be again, and before a layer is done there is nothing to go on with.
+        is_useless = isinstance(error, ValueError) or not (staging.work / STATE).is_file()
+        if job.processes.is_main and is_useless:
+            staging.discard()
+        raise
 
 
 class _Walk:
@@ -258,6 +267,7 @@ class _Walk:
             after=after,
             merging=self.merging,
             model_class=type(model).__name__,
+            dtype=self.stream.dtype,
         )
 
 

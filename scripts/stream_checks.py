@@ -6,6 +6,7 @@ from torch import Tensor
 from ..compress.fidelity import CHUNK_ELEMENTS
 from ..moe.layer_stream import LayerStream
 from .prepare import Job
+from .staging import Staging
 from .verify import PROBES
 
 FLOAT = 4
@@ -52,12 +53,24 @@ def check_memory(stream: LayerStream, job: Job) -> None:
         )
 
 
-def flowing_bytes(job: Job) -> int:
-    """Bytes on disk of what flows from layer to layer; what one reads stays until all it gives is there."""
-    tokens = job.texts.calibration.input_ids.numel()
-    if job.options.report:  # through the layers as they were, and as they are
-        tokens += 2 * job.texts.held_out.input_ids.numel()
-    return 2 * FLOAT * tokens * job.source.config.get_text_config().hidden_size
+def reserve_disk(staging: Staging, job: Job, *, model_bytes: int, block_bytes: int) -> None:
+    """Refuse to begin when the disk has no room for the result and for what flows from layer to layer.
+
+    Args:
+        staging: Where both go; what an earlier run has left there is counted as there.
+        job: Whose texts flow.
+        model_bytes: Of all tensors, in the result's type.
+        block_bytes: Of what a layer hands on for one block of text.
+
+    Raises:
+        DiskFullError: Too little room.
+    """
+    blocks = len(job.texts.calibration)
+    # The original's and the result's, or enough of the latter to verify it.
+    blocks += 2 * len(job.texts.held_out) if job.options.report else PROBES
+    # What a layer reads stays until all that it gives is there.
+    needed = model_bytes + 2 * blocks * block_bytes
+    staging.reserve(max(0, needed - sum(p.stat().st_size for p in staging.work.rglob("*") if p.is_file())))
 
 
 def size_in_bytes(text: str) -> int:

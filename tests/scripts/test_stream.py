@@ -1,5 +1,6 @@
 """Compression of one decoder layer at a time gives what compression in memory gives."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,10 +15,10 @@ import torch
 from moekit.moe.discovery import expert_layers
 from moekit.moe.layer_stream import LayerStream
 from moekit.moe.layer_walk import NotStreamableError
-from moekit.scripts import cli, stream
+from moekit.scripts import cli, staging, stream
 from moekit.scripts.checkpoint_files import tensor_bytes
 from moekit.scripts.load import open_source, skeleton
-from moekit.scripts.staging import partial_folder
+from moekit.scripts.staging import MARGIN_BYTES, partial_folder
 from moekit.scripts.stream_checks import size_in_bytes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -226,7 +227,35 @@ def test_weights_that_are_no_numbers(name, checkpoint, data, tmp_path, capsys):
     broken = write_checkpoint(tmp_path / "model", model)
     assert compress(broken, data, tmp_path / "out", "--stream", "--method", "reap") == 2
     assert f"tensor '{name}' of '{broken}' holds NaN or infinity" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing that could be gone on with
+
+
+@pytest.mark.parametrize(("name", "is_left"), [("drop", True), ("load", False)])
+def test_an_interruption_leaves_only_what_can_be_gone_on_with(
+    name, is_left, checkpoint, data, tmp_path, monkeypatch
+):
+    """A layer that is done, not one that is begun."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LayerStream, name, interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        compress(checkpoint, data, tmp_path / "out", "--stream", "--method", "reap")
+    assert (partial_folder(tmp_path / "out") / "work" / "stream.json").is_file() == is_left
+    assert any(tmp_path.iterdir()) == is_left
+
+
+def test_the_disk_is_asked_before_any_work(checkpoint, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LayerStream, "load", lambda *_: pytest.fail("work was begun"))
+    result = sum(tensor.nbytes for tensor in load_file(checkpoint / "model.safetensors").values())
+    calibration, held_out, numbers = 2048 // 32, 512 // 32, 32 * 32 * 4
+    hidden = 2 * numbers * (calibration + 2 * held_out)
+    monkeypatch.setattr(staging, "_free_bytes", lambda _: result + MARGIN_BYTES + hidden // 2)
+    out = ("--data", data, "--experts", 4, "--stream", "--method", "reap", "--out", tmp_path / "out")
+    assert cli.main(["compress", str(checkpoint), *TEXT_OPTIONS, *map(str, out)]) != 0
+    assert "bytes are needed there and" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_large_layers_are_written_in_shards(checkpoint, data, tmp_path):

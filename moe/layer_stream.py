@@ -34,6 +34,7 @@ class LayerStream(LayerWalk):
         model: On the meta device but for what lies outside of the layers, and the layer that is loaded.
         layers: Its decoder layers.
         path: Where they are in it, such as ``model.layers``.
+        files: Where each tensor is stored, by its name there.
 
     Args:
         model: Built on the meta device.
@@ -59,11 +60,11 @@ class LayerStream(LayerWalk):
         self.dtype, self.device = dtype, device
         self._mapping: Any = get_model_conversion_mapping(model, None, quantizer)
         self._quantizer = quantizer
-        self._files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         for file in files:
             with safe_open(file, framework="pt") as handle:
-                self._files |= dict.fromkeys(handle.keys(), file)
-        stored = {found[1] for name in self._files if (found := NUMBERED.match(name)) is not None}
+                self.files |= dict.fromkeys(handle.keys(), file)
+        stored = {found[1] for name in self.files if (found := NUMBERED.match(name)) is not None}
         self._stored_path = self.path if self.path in stored else _same_end(self.path, stored)
 
     def load_outside(self) -> None:
@@ -123,7 +124,7 @@ class LayerStream(LayerWalk):
         }
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
-        names = [name for name in self._files if wanted(name)]
+        names = [name for name in self.files if wanted(name)]
         if not names:
             return
         settings = LoadStateDictConfig(
@@ -136,9 +137,9 @@ class LayerStream(LayerWalk):
         with ExitStack() as stack:  # files stay mapped no longer than they are read
             handles = {
                 file: stack.enter_context(safe_open(file, framework="pt"))
-                for file in {self._files[name] for name in names}
+                for file in {self.files[name] for name in names}
             }
-            part = {name: handles[self._files[name]].get_slice(name) for name in names}
+            part = {name: handles[self.files[name]].get_slice(name) for name in names}
             info, _ = convert_and_load_state_dict_in_model(self.model, part, settings)
             del part
         if self._quantizer is not None:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,12 +206,15 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 @torch.no_grad()
-def check_finite(tensors: Iterable[tuple[str, Tensor]], name: str) -> None:
+def check_finite(
+    tensors: Iterable[tuple[str, Tensor]], name: str, files: Mapping[str, Path] | None = None
+) -> None:
     """Refuse weights that hold NaN or infinity.
 
     Args:
         tensors: With their names.
         name: Of the checkpoint.
+        files: Where tensors are stored, to be named instead of the checkpoint.
 
     Raises:
         ValueError: Names the first such tensor.
@@ -219,8 +222,9 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], name: str) -> None:
     for tensor_name, tensor in tensors:
         for part in tensor.view(-1).split(SCAN_ELEMENTS) if tensor.is_contiguous() else [tensor]:
             if not part.isfinite().all():
+                place = (files or {}).get(tensor_name, name)
                 raise ValueError(
-                    f"tensor {tensor_name!r} of '{name}' holds NaN or infinity: the checkpoint is damaged, "
+                    f"tensor {tensor_name!r} of '{place}' holds NaN or infinity: the checkpoint is damaged, "
                     f"or overflowed when it was saved as {tensor.dtype}; download it again"
                 )
 

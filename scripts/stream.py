@@ -94,7 +94,7 @@ def compress_streamed(job: Job, staging: Staging) -> Streamed | None:
     try_planner(options, expert_layers(model))
     check_memory(stream, job)
     stream.load_outside()
-    check_finite(stream.state_dict(None).items(), job.source.name)
+    check_finite(stream.state_dict(None).items(), job.source.name, stream.files)
     with evaluating(model):
         block_bytes = stream.check(model_inputs(model, next(job.texts.calibration.batches(1))))
     walk = _Walk(job, stream, staging)
@@ -165,7 +165,7 @@ class _Walk:
                 self._reshape(layer)
             return
         self.stream.load(index)
-        check_finite(self.stream.state_dict(index).items(), self.job.source.name)
+        check_finite(self.stream.state_dict(index).items(), self.job.source.name, self.stream.files)
         known, samples = self._record(index, layers)
         if self.judge is not None:
             self.judge.before(index)

@@ -7,7 +7,7 @@ from ..compress.scores import SCORES
 from ..moe.layer import ExpertLayer
 from ..moe.low_rank import is_low_rank
 from .collapse_store import check_store
-from .compress_presets import USUAL
+from .compress_presets import with_preset
 from .low_rank_sizes import first_saving_rank, rank_sizes
 from .options import METHOD_OPTIONS, CompressOptions, flag
 
@@ -63,7 +63,7 @@ def check_descent(options: CompressOptions) -> None:
 
 
 def _check_rank(options: CompressOptions) -> None:
-    defaults = CompressOptions(model=options.model, method=USUAL["method"])
+    defaults = with_preset(CompressOptions(model=options.model))
     for name in ("method", *METHOD_OPTIONS, "protect"):
         if getattr(options, name) != getattr(defaults, name):
             raise ValueError(

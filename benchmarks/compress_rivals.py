@@ -261,14 +261,14 @@ def main(config: RivalsConfig) -> None:
     setting = read(config)
 
     def keep(key: tuple[Any, ...], begin: float, model: Any) -> None:
-        seconds = time.perf_counter() - begin
+        seconds = time.process_time() - begin
         row = dict(zip(names, key, strict=True)) | {"seconds": seconds} | setting.measure(model)
         with config.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(*key, f"KL {row['kl']:.3f}, answers {row['accuracy'].get('tasks', 0):.2f}", flush=True)
 
     if (key := (config.name, "original", 0, 0, "one-shot")) not in done:
-        keep(key, time.perf_counter(), setting.original)
+        keep(key, time.process_time(), setting.original)
     for seed in config.seeds:
         samples, blocks = InputSamples(), setting.calibration_blocks(seed)
         layers = expert_layers(setting.original)
@@ -280,14 +280,14 @@ def main(config: RivalsConfig) -> None:
                 keys = [(config.name, arm, experts, seed, stage) for stage in stages]
                 if not set(keys) - done:
                     continue
-                begin = time.perf_counter()
+                begin = time.process_time()
                 compressed = compress(setting, arm, experts, seed, (statistics, samples))
                 for key in keys:
                     if key in done:
                         continue
                     model = copy.deepcopy(compressed)
                     if key[-1] != "one-shot":
-                        begin = time.perf_counter()
+                        begin = time.process_time()
                         heal(
                             model,
                             setting.original,

@@ -342,10 +342,15 @@ class CompressionPlan:
             check_constants(layer)
         layer.check_replacement(planned.num_kept, planned.expert_map)
 
+    @property
+    def fate(self) -> str:
+        """Of experts that are in no group, in a word."""
+        return "constant" if self.router == "constant" else "removed"
+
     def summary(self) -> str:
         """A table for people: every layer with its groups, the core of each first."""
         rows = [
-            (layer.name, f"{layer.num_experts} -> {layer.num_kept}", _groups(layer, self.router))
+            (layer.name, f"{layer.num_experts} -> {layer.num_kept}", _groups(layer, self.fate))
             for layer in self.layers
         ]
         before = sum(layer.num_experts for layer in self.layers)
@@ -374,7 +379,7 @@ _HEADER = ("layer", "experts", "groups")
 _SHOWN = 72
 
 
-def _groups(layer: LayerPlan, router: str) -> str:
+def _groups(layer: LayerPlan, fate: str) -> str:
     if layer.is_identity:
         return "as it is"
     shown = "  ".join(
@@ -382,5 +387,4 @@ def _groups(layer: LayerPlan, router: str) -> str:
         for group in layer.groups
     )
     shown = shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3].rstrip() + "..."
-    fate = "constant" if router == "constant" else "removed"
     return f"{shown}  ({len(layer.removed)} {fate})" if layer.removed else shown

@@ -1,15 +1,15 @@
 """What a descent takes from a model, cut by cut: experts, or the rank of their matrices."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
 from ..compress.apply import apply_plan
-from ..compress.layer_plan import keep_experts
+from ..compress.layer_plan import LayerPlan, keep_experts
 from ..compress.methods import METHODS
 from ..compress.plan import CompressionPlan, LowRankRule, ModelIdentity
-from ..moe.data import TokenBlocks
 from ..moe.discovery import expert_layers
 from ..moe.samples import InputSamples
 from ..moe.statistics import RoutingStatistics
@@ -17,7 +17,6 @@ from .calibrate import record
 from .console import is_interactive
 from .load import load_model
 from .low_rank_sizes import first_saving_rank, rank_sizes
-from .options import CompressOptions
 from .planning import planner_options
 from .prepare import Job
 
@@ -32,7 +31,7 @@ class Made(NamedTuple):
     """By layer, from `apply_plan`."""
 
 
-class Cuts(Protocol):
+class Cuts(ABC):
     """One kind of cuts.
 
     Attributes:
@@ -40,26 +39,34 @@ class Cuts(Protocol):
         whole: The size of the original.
         identity: Of the original.
         statistics: Of the original.
+
+    Args:
+        job: What was asked for.
+        model: The original.
+        samples: Filled with what its experts read, if given.
     """
 
     unit: str
     whole: int
-    identity: ModelIdentity
-    statistics: RoutingStatistics
+
+    def __init__(self, job: Job, model: PreTrainedModel, samples: InputSamples | None = None) -> None:
+        self.job, self.identity = job, ModelIdentity.of(expert_layers(model))
+        self.statistics = self.recorded(model, samples)
 
     @property
+    @abstractmethod
     def sizes(self) -> list[int]:
         """All that can be, the whole first."""
-        ...
 
+    @abstractmethod
     def told(self, size: int) -> str:
         """A size in words."""
-        ...
 
+    @abstractmethod
     def share(self, size: int) -> float:
         """Of the experts' bytes that is left at a size."""
-        ...
 
+    @abstractmethod
     def make(self, model: PreTrainedModel, size: int, kept: Mapping[str, Sequence[int]]) -> Made:
         """Cut to a size.
 
@@ -68,29 +75,41 @@ class Cuts(Protocol):
             size: Smaller than its own.
             kept: What is left of the original in it.
         """
-        ...
 
+    @abstractmethod
     def plan(self, size: int, kept: Mapping[str, Sequence[int]] | None = None) -> CompressionPlan:
         """From the original to a size; of any experts, unless it is said which are left."""
-        ...
+
+    def recorded(self, model: PreTrainedModel, samples: InputSamples | None = None) -> RoutingStatistics:
+        """Of a model on all of the calibration text."""
+        blocks, size = self.job.texts.calibration, self.job.options.batch_size
+        layers, progress = expert_layers(model), is_interactive()
+        found = record(model, layers, blocks, size, progress=progress, samples=samples)
+        return RoutingStatistics(layers=found.layers, fingerprint={"data": blocks.fingerprint})
+
+    def planned(self, layers: Iterable[LayerPlan], **more: Any) -> CompressionPlan:
+        """A plan of these layers, behind routers that keep the rows of the experts that stay."""
+        plans = tuple(layers)
+        return CompressionPlan(
+            model=self.identity,
+            form=self.job.options.form,
+            router="slice",
+            layers=plans,
+            requested_experts=sum(plan.num_kept for plan in plans),
+            **more,
+        )
 
 
-class ExpertCuts:
-    """Fewer experts in every layer, chosen at each cut among those that the last has left.
-
-    Args:
-        job: What was asked for.
-        model: The original.
-    """
+class ExpertCuts(Cuts):
+    """Fewer experts in every layer, chosen at each cut among those that the last has left."""
 
     unit = "experts of each layer"
 
     def __init__(self, job: Job, model: PreTrainedModel) -> None:
+        super().__init__(job, model)
         layers = expert_layers(model)
-        self.job, self.identity = job, ModelIdentity.of(layers)
         self.whole, self.least = layers[0].num_experts, max(layer.top_k for layer in layers)
         self.names = [layer.name for layer in layers]
-        self.statistics = _recorded(job, model)
 
     @property
     def sizes(self) -> list[int]:
@@ -108,45 +127,32 @@ class ExpertCuts:
     def make(self, model: PreTrainedModel, size: int, kept: Mapping[str, Sequence[int]]) -> Made:
         """Judge the experts that are left anew, and drop the last of them."""
         said = planner_options(self.job.options) | {"experts": size, "ratio": None, "grouping": "uniform"}
-        plan = METHODS[self.job.options.method](expert_layers(model), _recorded(self.job, model), **said)
+        plan = METHODS[self.job.options.method](expert_layers(model), self.recorded(model), **said)
         left = {layer.name: [kept[layer.name][core] for core in layer.cores] for layer in plan.layers}
         return Made(model, left, apply_plan(model, plan))
 
     def plan(self, size: int, kept: Mapping[str, Sequence[int]] | None = None) -> CompressionPlan:
         """Without the other rows of the router."""
         left = kept or {name: list(range(size)) for name in self.names}
-        layers = tuple(keep_experts(name, self.whole, self.least, list(left[name])) for name in self.names)
-        return CompressionPlan(
-            model=self.identity,
-            method=self.job.options.method,
-            form=self.job.options.form,
-            router="slice",
-            layers=layers,
-            requested_experts=sum(layer.num_kept for layer in layers),
-            settings={"grouping": "uniform"},
-        )
+        layers = (keep_experts(name, self.whole, self.least, list(left[name])) for name in self.names)
+        return self.planned(layers, method=self.job.options.method, settings={"grouping": "uniform"})
 
 
-class RankCuts:
+class RankCuts(Cuts):
     """All experts, as products of a lower rank: at each cut anew of the original's matrices.
 
     Factors of factors would lose more, so a cut begins with the original and not with what the last cut and
     its healing have left; it gives what ``--rank`` alone gives.
-
-    Args:
-        job: What was asked for.
-        model: The original.
     """
 
     unit = "rank of the experts' matrices"
 
     def __init__(self, job: Job, model: PreTrainedModel) -> None:
-        layers = expert_layers(model)
-        self.job, self.identity = job, ModelIdentity.of(layers)
-        self.top_k = {layer.name: (layer.num_experts, layer.top_k) for layer in layers}
-        self.whole, self.largest = first_saving_rank(layers, job.options.sparse_rows)
         self.samples = InputSamples()
-        self.statistics = _recorded(job, model, self.samples)
+        super().__init__(job, model, self.samples)
+        layers = expert_layers(model)
+        self.layers = [keep_experts(layer.name, layer.num_experts, layer.top_k) for layer in layers]
+        self.whole, self.largest = first_saving_rank(layers, job.options.sparse_rows)
 
     @property
     def sizes(self) -> list[int]:
@@ -171,30 +177,10 @@ class RankCuts:
 
     def plan(self, size: int, kept: Mapping[str, Sequence[int]] | None = None) -> CompressionPlan:
         """All experts; the original itself at its own size."""
-        options = self.job.options
-        rule = LowRankRule(rank=size, sparse_rows=options.sparse_rows) if size < self.whole else None
-        layers = tuple(keep_experts(name, number, top_k) for name, (number, top_k) in self.top_k.items())
-        return CompressionPlan(
-            model=self.identity,
-            method="low-rank",
-            form=options.form,
-            router="slice",
-            layers=layers,
-            low_rank=rule,
-            requested_experts=sum(layer.num_kept for layer in layers),
-            settings={},
-        )
+        rows = self.job.options.sparse_rows
+        rule = LowRankRule(rank=size, sparse_rows=rows) if size < self.whole else None
+        return self.planned(self.layers, method="low-rank", low_rank=rule)
 
 
 CUTS: dict[str, type[ExpertCuts] | type[RankCuts]] = {"experts": ExpertCuts, "rank": RankCuts}
 """By ``--take``."""
-
-
-def _recorded(job: Job, model: PreTrainedModel, samples: InputSamples | None = None) -> RoutingStatistics:
-    """Of a model on all of the calibration text."""
-    blocks: TokenBlocks = job.texts.calibration
-    options: CompressOptions = job.options
-    found = record(
-        model, expert_layers(model), blocks, options.batch_size, progress=is_interactive(), samples=samples
-    )
-    return RoutingStatistics(layers=found.layers, fingerprint={"data": blocks.fingerprint})

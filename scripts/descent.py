@@ -7,6 +7,7 @@ from typing import Any
 
 from ..compress.gain_map import GainMap, GainStep
 from ..compress.plan import CompressionPlan
+from ..compress.plan_file import write_atomically
 from ..compress.tipping_point.controller import Belief
 from ..moe.statistics import RoutingStatistics
 from .healing import Healing
@@ -68,9 +69,7 @@ class Trail:
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> "Trail":

@@ -29,7 +29,7 @@ from .compress_presets import with_preset
 from .descent_checks import check_descent, check_descent_layers
 from .healing import check_healing, check_row_pruning
 from .load import ModelSource, find_device, load_tokenizer, open_source, skeleton
-from .options import METHOD_OPTIONS, CompressOptions
+from .options import METHOD_OPTIONS, CompressOptions, flag
 from .processes import Processes, join_processes
 from .sequential import check_sequential
 from .staging import check_output
@@ -225,7 +225,7 @@ def _check_settled(options: CompressOptions) -> None:
     defaults = {field.name: field.default for field in fields(options)}
     said = [name for name in PLANNED if getattr(options, name) != defaults[name]]
     if options.plan is not None and said:
-        flags = ", ".join("--" + name.replace("_", "-") for name in said)
+        flags = ", ".join(map(flag, said))
         raise ValueError(f"--plan has settled {flags}; leave that out, or edit the plan")
 
 

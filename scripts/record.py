@@ -59,8 +59,7 @@ class Run:
     merging: dict[str, dict[str, Any]]
     """By layer, from `apply_plan`."""
     reload_difference: float
-    """Largest relative difference of logits between the model in memory and the one read back; None if the
-    model was never whole in memory."""
+    """Largest relative difference of logits between the model in memory and the one read back."""
     measured: Measurements | None
     one_shot: Measurements | None
     """Of the compressed model before it was healed, if it was."""
@@ -166,8 +165,8 @@ def layer_reports(plan: CompressionPlan, statistics: RoutingStatistics) -> list[
                 "entropy": known.entropy,
             }
         sizes = {"num_experts": layer.num_experts, "num_kept": layer.num_kept}
-        fate = "constant" if plan.router == "constant" else "removed"
-        reports.append(LayerReport(name=layer.name, group_of=layer.group_of, fate=fate, **sizes, **measured))
+        told = {"name": layer.name, "group_of": layer.group_of, "fate": plan.fate}
+        reports.append(LayerReport(**told, **sizes, **measured))
     return reports
 
 

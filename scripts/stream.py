@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..compress.apply import apply_layer
 from ..compress.methods import METHODS, NEEDS_SAMPLES
 from ..compress.plan import CompressionPlan, ModelIdentity
+from ..compress.plan_file import write_atomically
 from ..moe.checkpoint import mark_form, update_expert_count, write_config_aliases
 from ..moe.discovery import expert_layers
 from ..moe.evaluating import evaluating
@@ -153,9 +154,7 @@ class _Walk:
         plans = [plan.to_json() for plan in self.plans]
         digests = None if self.judge is None else self.judge.digests
         state = {"done": index + 1, "plans": plans, "merging": self.merging, "digests": digests}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(state))
 
     def layer(self, index: int) -> None:
         """Do one decoder layer, or give it the shape that it was written with."""
@@ -172,7 +171,7 @@ class _Walk:
         for layer in layers:
             self._compress(layer, known, samples)
         if layers and is_sequential(self.job.options):
-            self._push(index, [], None)
+            self.stream.push(index, self.inputs, self.hidden)
         if self.judge is not None:
             self.judge.after(index)
         processes = self.job.processes

@@ -4,6 +4,7 @@ import psutil
 from torch import Tensor
 
 from ..compress.fidelity import CHUNK_ELEMENTS
+from ..moe.discovery import expert_layers
 from ..moe.layer_stream import LayerStream
 from .prepare import Job
 from .staging import Staging
@@ -84,7 +85,7 @@ def _batch_bytes(stream: LayerStream, job: Job) -> int:
     tokens = job.options.batch_size * job.texts.calibration.seq_len
     judged = tokens if job.options.report else PROBES * job.texts.calibration.seq_len
     chunks = FIDELITY_CHUNKS * FLOAT * CHUNK_ELEMENTS if job.options.report else 0
-    layers = [layer for index in range(len(stream)) for layer in stream.expert_layers(index)]
+    layers = expert_layers(stream.model)
     each = max(layer.top_k * (2 * layer.hidden_size + 3 * layer.experts()[0].width) for layer in layers)
     vocabulary = stream.model.config.get_text_config().vocab_size
     return max(FLOAT * tokens * each, FLOAT * LOGITS * judged * vocabulary + chunks)
